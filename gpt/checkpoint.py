@@ -1,0 +1,203 @@
+"""Checkpoints: `checkpoints/step_N/` with safetensors, JSON, and a SHA-256 manifest.
+
+A folder is written beside its place and renamed, so that it is whole or not there; the manifest
+tells a bit that flipped later. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gpt.config import load_config
+from gpt.errors import DataError, MissingInput
+from gpt.model import GPT
+from gpt.placement import build_model
+from gpt.tokenizer import load_tokenizer
+
+
+@dataclass
+class TrainState:
+    """All that changes while training; the batches follow from `step`.
+
+    data_id  of the tokens trained on: a run is not resumed on others
+    """
+
+    step: int
+    train_seconds: float
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data_id: str
+
+
+def save(run_dir: Path, state: TrainState, keep: int) -> None:
+    """Write `state` with the random number generators, and remove all but the newest `keep`."""
+    folder = run_dir / "checkpoints" / f"step_{state.step}"
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    temporary.mkdir(parents=True)
+    tensors = {
+        "model": state.model.state_dict(),
+        "optimizer": optimizer_tensors(state.model, state.optimizer),
+        "rng": rng_tensors(),
+    }
+    for name, group in tensors.items():
+        path = temporary / f"{name}.safetensors"
+        try:
+            save_file({k: v.contiguous() for k, v in group.items()}, path)
+        except SafetensorError as error:
+            raise OSError(0, str(error), str(path)) from error
+    progress = {
+        "step": state.step,
+        "train_seconds": state.train_seconds,
+        "data_id": state.data_id,
+    }
+    (temporary / "state.json").write_text(json.dumps(progress) + "\n")
+    manifest = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    sync(folder.parent)
+    for old in checkpoints(run_dir)[keep:]:
+        shutil.rmtree(old)
+
+
+def restore(run_dir: Path, state: TrainState) -> bool:
+    """Put the newest valid checkpoint into `state`; False where there is none to resume from.
+
+    A damaged one is named in a warning and the one before it is taken; where all are damaged
+    DataError is raised, since starting over silently would overwrite what can be rescued.
+    """
+    for leftover in (run_dir / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(leftover)
+    folders = checkpoints(run_dir)
+    folder = next((f for f in folders if is_valid(f)), None)
+    if folder is None:
+        if folders:
+            raise DataError(f"{run_dir}/checkpoints: no checkpoint is intact; use another run_dir")
+        return False
+    progress = json.loads((folder / "state.json").read_text())
+    if progress["data_id"] != state.data_id:
+        raise DataError(
+            f"{folder}: trained on other tokens ({progress['data_id']}) than these "
+            f"({state.data_id}); bring the corpus back or use another run_dir"
+        )
+    state.step, state.train_seconds = progress["step"], progress["train_seconds"]
+    state.model.load_state_dict(load_file(folder / "model.safetensors"))
+    load_optimizer(state.model, state.optimizer, load_file(folder / "optimizer.safetensors"))
+    restore_rng(load_file(folder / "rng.safetensors"))
+    return True
+
+
+def load_model(
+    run_dir: str | Path, step: int | None = None, device: str | torch.device = "cpu"
+) -> GPT:
+    """The trained model of a run, in evaluation mode, from its newest checkpoint or that of `step`.
+
+    MissingInput where there is none, DataError where it is damaged.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").exists():
+        raise MissingInput(f"run_dir={run_dir}: not a run directory, it has no config.yaml")
+    folders = checkpoints(run_dir)
+    if step is not None:
+        folders = [f for f in folders if f.name == f"step_{step}"]
+    if not folders:
+        have = ", ".join(f.name for f in checkpoints(run_dir)) or "none"
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise MissingInput(f"run_dir={run_dir}: no {wanted}; it has {have}")
+    folder = next((f for f in folders if is_valid(f)), None)
+    if folder is None:
+        raise DataError(f"{run_dir}/checkpoints: no such checkpoint is intact")
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    model = build_model(load_config(run_dir / "config.yaml"), tokenizer.n_vocab)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.to(device).eval()
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The finished checkpoint folders, newest first."""
+    folders = [f for f in (run_dir / "checkpoints").glob("step_*") if f.suffix != ".tmp"]
+    return sorted(folders, key=lambda f: int(f.name.removeprefix("step_")), reverse=True)
+
+
+def is_valid(folder: Path) -> bool:
+    """Whether every file is what the manifest says; a warning names what is not."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        damaged = [name for name, digest in manifest.items() if sha256(folder / name) != digest]
+    except (OSError, ValueError) as error:
+        damaged = [str(error)]
+    if damaged:
+        print(f"warning: {folder} is damaged: {', '.join(damaged)}", file=sys.stderr)
+    return not damaged
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by parameter name: `h.0.mlp.f.c_fc.weight/exp_avg`."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        state.setdefault(ordered.index(name), {})[entry] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """The generators that dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    for i in range(torch.cuda.device_count()):
+        states[f"cuda:{i}"] = torch.cuda.get_rng_state(i)
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def restore_rng(states: dict[str, Tensor]) -> None:
+    for device, value in states.items():
+        if device == "cpu":
+            torch.set_rng_state(value)
+        elif device == "mps":
+            torch.mps.set_rng_state(value)
+        else:
+            torch.cuda.set_rng_state(value, device)

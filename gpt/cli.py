@@ -1,0 +1,118 @@
+"""The command line: Hydra's errors become one line each, with the exit code that fits."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from gpt.errors import IO_ERROR, ConfigError, UserError, nearest
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TRACEBACK = "GPT_TRACEBACK"  # set it to see the whole traceback of an error
+
+
+Job = Callable[[DictConfig], None]
+
+
+def one_line_errors(job: Job) -> Job:
+    """Decorate a Hydra job: a mistake ends it with one line and its exit code.
+
+    In a sweep the error is raised again, so that Hydra goes on with the other cells.
+    """
+
+    @wraps(job)
+    def guarded(raw: DictConfig) -> None:
+        try:
+            job(raw)
+        except Exception as error:
+            code = fail(error)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            sys.exit(code)  # Hydra passes an exit on as it is
+
+    return guarded
+
+
+def run(app: Callable[[], None]) -> None:
+    """Run a Hydra application; a mistake in its configuration is one line on stderr as well."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing
+    try:
+        app()
+    except Exception as error:
+        sys.exit(fail(error))
+
+
+def fail(error: Exception) -> int:
+    """Say what is wrong in one line on stderr; its exit code. A bug is raised again, whole."""
+    message, code = explain(error)
+    if code is None or os.environ.get(TRACEBACK):
+        raise error
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def explain(error: Exception) -> tuple[str, int | None]:
+    """The one line and the exit code for `error`; no code for a bug, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split()), error.exit_code
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain_hydra(error), ConfigError.exit_code
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror} (errno {error.errno})", IO_ERROR
+    return str(error), None
+
+
+def explain_hydra(error: Exception) -> str:
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        options = sorted(error.options)
+        return f"{group}={name}: expected one of {', '.join(options)}{nearest(name, options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not an override ({str(error).splitlines()[0]}); quote the value"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    key = getattr(cause, "full_key", None)
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return f"{key}: no such key{nearest(str(key), known_keys())}"
+    if key:
+        return f"{key}: {str(cause).splitlines()[0]}"
+    return " ".join(str(error).split())
+
+
+def known_keys() -> Iterator[str]:
+    """Every group and every dotted key of the yaml files."""
+    yield from (path.name for path in CONFIGS.iterdir() if path.is_dir())
+    for path in sorted(CONFIGS.glob("**/*.yaml")):
+        group = path.parent.relative_to(CONFIGS).as_posix()
+        prefix = "" if group == "." else f"{group}."
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        yield from dotted(content, prefix)
+
+
+def dotted(content: object, prefix: str) -> Iterator[str]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield f"{prefix}{key}"
+            yield from dotted(value, f"{prefix}{key}.")
+
+
+def literal(arg: str, key: str) -> str:
+    """`key=any text` as an override whose value Hydra takes as it stands.
+
+    Hydra's grammar would trim `prompt=def ` and stumble over `prompt=f(x, y)`.
+    """
+    if not arg.startswith(f"{key}="):
+        return arg
+    value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", arg[len(key) + 1 :])
+    # Inside quotes only a quote, and the backslashes right before one, need a backslash.
+    quoted = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"{key}='{quoted}'"

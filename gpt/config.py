@@ -1,0 +1,240 @@
+"""The schema: every key of `configs/train.yaml` and `configs/sample.yaml`, its type and its range.
+
+Hydra merges yaml files and overrides into these dataclasses and so refuses wrong names and types;
+`__post_init__` refuses impossible values. A `Config` is made once and never assigned to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from gpt.errors import ConfigError, nearest
+
+SLOTS = ("in", "out", "after")
+TOKENIZERS = ("bpe", "bytes", "gpt2")
+
+
+def check(ok: bool, key: str, got: Any, expected: str) -> None:
+    """Raise the one-line error for `key` unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{key}={got}: expected {expected}")
+
+
+def check_choice(key: str, got: str, options: tuple[str, ...]) -> None:
+    """Raise the one-line error, with the nearest match, unless `got` is one of `options`."""
+    if got not in options:
+        raise ConfigError(f"{key}={got}: expected {' | '.join(options)}{nearest(got, options)}")
+
+
+def check_positive(prefix: str, values: dict[str, int]) -> None:
+    for key, value in values.items():
+        check(value >= 1, f"{prefix}.{key}", value, "an integer >= 1")
+
+
+@dataclass
+class ModelConfig:
+    n_layer: int = MISSING
+    n_head: int = MISSING
+    n_embd: int = MISSING
+    block_size: int = MISSING
+    dropout: float = MISSING
+
+    def __post_init__(self) -> None:
+        check_positive("model", {k: v for k, v in asdict(self).items() if k != "dropout"})
+        check(
+            self.n_embd % self.n_head == 0,
+            "model.n_embd",
+            self.n_embd,
+            f"a multiple of model.n_head={self.n_head}",
+        )
+        check(0 <= self.dropout < 1, "model.dropout", self.dropout, "a number in [0, 1)")
+
+
+@dataclass
+class PlacementConfig:
+    """Which slots of y = after(α·x + out(f(in(x)))) hold a norm, and whether the head has one.
+
+    A slot is `false` (empty), `true` (the run's norm) or the name of another norm.
+    """
+
+    name: str = MISSING
+    alpha: float = MISSING
+    attn: dict[str, Any] = MISSING
+    mlp: dict[str, Any] = MISSING
+    head: Any = MISSING
+
+    def __post_init__(self) -> None:
+        check(math.isfinite(self.alpha), "placement.alpha", self.alpha, "a finite number")
+        slots = {"placement.head": self.head}
+        for part in ("attn", "mlp"):
+            for slot, value in getattr(self, part).items():
+                check_choice(f"placement.{part}", slot, SLOTS)
+                slots[f"placement.{part}.{slot}"] = value
+        for key, value in slots.items():
+            check(isinstance(value, bool | str), key, value, "true, false or a norm's name")
+
+
+@dataclass
+class TrainConfig:
+    batch_size: int = MISSING
+    grad_accum: int = MISSING
+    steps: int = MISSING
+    eval_every: int = MISSING
+    eval_tokens: int = MISSING
+    stats_every: int = MISSING
+    checkpoint_every: int = MISSING
+    keep_checkpoints: int = MISSING
+
+    def __post_init__(self) -> None:
+        check_positive("train", {k: v for k, v in asdict(self).items() if k != "stats_every"})
+        check(self.stats_every >= 0, "train.stats_every", self.stats_every, "an integer >= 0")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = MISSING
+    min_lr: float = MISSING
+    warmup_steps: int = MISSING
+    weight_decay: float = MISSING
+    beta1: float = MISSING
+    beta2: float = MISSING
+    grad_clip: float = MISSING
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "min_lr", "weight_decay", "grad_clip"):
+            value = getattr(self, key)
+            check(0 <= value < math.inf, f"optim.{key}", value, "a finite number >= 0")
+        for key in ("beta1", "beta2"):
+            check(0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "one in [0, 1)")
+        check(self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"at most optim.lr={self.lr}")
+        check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "an integer >= 0")
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    path: str | None = None
+    subset: str | None = None
+    column: str = "text"
+    streaming: bool = False
+    max_documents: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name in ("text", "hf") and not self.path:
+            raise ConfigError(f"data.path: not given; data={self.name} needs data.path=PATH")
+        if self.max_documents is not None:
+            check_positive("data", {"max_documents": self.max_documents})
+
+
+@dataclass
+class WandbConfig:
+    mode: str = MISSING
+    project: str = MISSING
+
+    def __post_init__(self) -> None:
+        check_choice("wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
+
+
+@dataclass
+class Config:
+    """One training run. `norm` holds the name of a registered norm and its own options."""
+
+    seed: int = MISSING
+    device: str = MISSING
+    dtype: str = MISSING
+    compile: bool = MISSING
+    tokenizer: str = MISSING
+    run_dir: str | None = MISSING
+    norm: dict[str, Any] = MISSING
+    placement: PlacementConfig = MISSING
+    model: ModelConfig = MISSING
+    train: TrainConfig = MISSING
+    optim: OptimConfig = MISSING
+    data: DataConfig = MISSING
+    wandb: WandbConfig = MISSING
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        check_choice("tokenizer", self.tokenizer, TOKENIZERS)
+        check_device(self.device)
+
+    def identity(self) -> dict[str, Any]:
+        """The configuration without what cannot change a result: where it is written and shown."""
+        return {k: v for k, v in asdict(self).items() if k not in ("run_dir", "wandb")}
+
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def run_name(self) -> str:
+        """`layer-pre-bs16-s1337-3f9a12bc`: to read, and different for different configurations."""
+        norm, placement = self.norm["name"], self.placement.name
+        return f"{norm}-{placement}-bs{self.train.batch_size}-s{self.seed}-{self.hash()[:8]}"
+
+
+@dataclass
+class SampleConfig:
+    run_dir: str = MISSING
+    prompt: str = MISSING
+    max_new_tokens: int = MISSING
+    temperature: float = MISSING
+    top_k: int = MISSING
+    seed: int = MISSING
+    step: int | None = MISSING
+    device: str = MISSING
+    batch_stats: bool = MISSING
+
+    def __post_init__(self) -> None:
+        check(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "an integer >= 0")
+        check(0 <= self.temperature < math.inf, "temperature", self.temperature, "a number >= 0")
+        check(self.top_k >= 0, "top_k", self.top_k, "an integer >= 0")
+        check_device(self.device)
+
+
+def check_device(device: str) -> None:
+    ok = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) is not None
+    check(ok, "device", device, "auto | cpu | cuda | cuda:N | mps")
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra under the names that the yaml files extend."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(name="sample_schema", node=SampleConfig)
+
+
+def typed(raw: Any) -> Any:
+    """Hydra's configuration as the checked dataclass that its schema names."""
+    for key in sorted(OmegaConf.missing_keys(raw)):
+        raise ConfigError(f"{key}: not given; add {key}=VALUE to the command")
+    cfg = OmegaConf.to_object(raw)
+    refuse_additions(raw, cfg)
+    return cfg
+
+
+def refuse_additions(raw: Any, cfg: Any, prefix: str = "") -> None:
+    """Hydra's `+key=value` may add what the schema does not have; nothing would ever read it."""
+    known = [field.name for field in fields(cfg)]
+    for key in map(str, raw):
+        if key not in known:
+            options = [prefix + name for name in known]
+            raise ConfigError(f"{prefix}{key}: no such key{nearest(prefix + key, options)}")
+        if is_dataclass(getattr(cfg, key)):
+            refuse_additions(raw[key], getattr(cfg, key), f"{prefix}{key}.")
+
+
+def save_config(cfg: Config, path: Path) -> None:
+    OmegaConf.save(OmegaConf.create(asdict(cfg)), path)
+
+
+def load_config(path: Path) -> Config:
+    """The `Config` of a run directory's `config.yaml`."""
+    return typed(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))

@@ -1,0 +1,241 @@
+"""Where text comes from. A corpus yields documents, each marked `train` or `val`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from gpt.config import DataConfig
+from gpt.errors import ConfigError, DataError, MissingInput, nearest
+
+Document = tuple[str, str]  # ("train" | "val", text)
+CHUNK = 1 << 20  # bytes of a large text file that are held at a time
+VAL_EVERY = 10  # every tenth document is validation
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """name       a folder name
+    key        changes when the documents would; cheap to know before they are read
+    documents  yields (split, text), the same each time it is called
+    separate   whether documents are texts of their own, to be kept apart by a separator
+    """
+
+    name: str
+    key: str
+    documents: Callable[[], Iterator[Document]]
+    separate: bool = True
+
+
+def open_corpus(cfg: DataConfig) -> Corpus:
+    """The corpus that `data=` names, or the one-line error with the nearest name."""
+    if cfg.name not in CORPORA:
+        expected = ", ".join(CORPORA)
+        raise ConfigError(
+            f"data.name={cfg.name}: expected one of {expected}{nearest(cfg.name, CORPORA)}"
+        )
+    return CORPORA[cfg.name](cfg)
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def pydoc(cfg: DataConfig) -> Corpus:
+    """The language reference in `pydoc_data`, split by topic.
+
+    Topics quote one another at length (`compound` holds all of `if`, `for` and `while`), so that
+    a fifth of the text is there twice. A paragraph counts once, in the largest topic that has it;
+    otherwise validation would ask for what training has shown.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise MissingInput("this Python comes without pydoc_data; use data=stdlib") from error
+    seen: set[str] = set()
+    texts = []
+    for _, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        paragraphs = {" ".join(p.split()): p for p in re.split(r"\n\s*\n", text) if p.strip()}
+        fresh = [p for words, p in paragraphs.items() if words not in seen]
+        seen.update(paragraphs)
+        if fresh:
+            texts.append("\n\n".join(fresh) + "\n")
+    return Corpus("pydoc", digest(*texts), lambda: interleave(texts, offset=5))
+
+
+def stdlib(cfg: DataConfig) -> Corpus:
+    """The sources of this Python's standard library, without its tests and installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = [
+        f
+        for f in sorted(root.rglob("*.py"))
+        if not skipped & set(f.relative_to(root).parts) and f.name != "topics.py"
+    ]
+    if not files:
+        raise MissingInput(f"{root}: no sources of the standard library; use data=pydoc")
+    texts = [f.read_bytes().decode("utf-8", errors="replace") for f in files]
+    return Corpus("stdlib", digest(*texts), lambda: interleave(texts))
+
+
+def interleave(texts: Iterable[str], offset: int = VAL_EVERY - 1) -> Iterator[Document]:
+    for i, text in enumerate(texts):
+        yield ("val" if i % VAL_EVERY == offset else "train"), text
+
+
+def text(cfg: DataConfig) -> Corpus:
+    """A UTF-8 file, or the files of a folder one after the other; the last tenth is validation."""
+    path = Path(cfg.path or "")
+    if not path.exists():
+        raise MissingInput(f"data.path={cfg.path}: no such file or folder")
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    files = [f for f in files if not any(p.startswith(".") for p in f.relative_to(path).parts)]
+    if not files:
+        raise MissingInput(f"data.path={cfg.path}: the folder holds no file")
+    return Corpus(slug(path.name), file_key(files), lambda: read_texts(files), separate=False)
+
+
+def read_texts(files: list[Path]) -> Iterator[Document]:
+    """The files' bytes as they are (CRLF included), in chunks that end with a line.
+
+    The cut between training and validation is at 90% of all bytes, moved to the next character.
+    """
+    cut = sum(f.stat().st_size for f in files) * 9 // 10
+    done = 0
+    for file in files:
+        start = done
+        with file.open("rb") as lines:
+            while chunk := b"".join(lines.readlines(CHUNK)):
+                at = min(max(cut - done, 0), len(chunk))
+                while at < len(chunk) and chunk[at] & 0xC0 == 0x80:  # inside a character
+                    at += 1
+                for split, part in (("train", chunk[:at]), ("val", chunk[at:])):
+                    if part:
+                        yield (
+                            split,
+                            decode(part, file, done - start + (at if split == "val" else 0)),
+                        )
+                done += len(chunk)
+
+
+def decode(part: bytes, file: Path, offset: int) -> str:
+    try:
+        return part.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: not UTF-8 at byte {offset + error.start} ({error.reason}); "
+            "convert it, for example with: iconv -t utf-8"
+        ) from error
+
+
+def hf(cfg: DataConfig) -> Corpus:
+    """A data set through `datasets`: local files (jsonl, parquet, csv, text) or a name on the hub.
+
+    Its `validation` or `test` split is validation; without one, every tenth document is.
+    """
+    path = str(cfg.path)
+    files = local_files(path)
+    if not files and not hub_reachable():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by `datasets` when it is imported: cache only
+        if not hub_cached(path):
+            raise MissingInput(
+                f"data.path={path}: no such file, and the hub cannot be reached; give local "
+                "jsonl, parquet, csv or text files, or use data=pydoc"
+            )
+    import datasets
+
+    datasets.disable_progress_bars()
+    kind = {"jsonl": "json", "txt": "text"}
+    source: dict[str, Any] = {"path": path, "name": cfg.subset}
+    if files:
+        suffix = files[0].suffix.lstrip(".")
+        source = {"path": kind.get(suffix, suffix), "data_files": [str(f) for f in files]}
+    try:
+        splits = datasets.load_dataset(**source, streaming=cfg.streaming)
+    except Exception as error:
+        raise DataError(f"data.path={path}: {' '.join(str(error).split())[:300]}") from error
+    columns = splits["train"].column_names or [cfg.column]
+    if cfg.column not in columns:
+        raise ConfigError(
+            f"data.column={cfg.column}: {path} has {', '.join(columns)}"
+            + nearest(cfg.column, columns)
+        )
+    val = next((splits[name] for name in ("validation", "test") if name in splits), None)
+
+    def documents() -> Iterator[Document]:
+        train = (row[cfg.column] for row in take(splits["train"], cfg.max_documents))
+        if val is None:
+            yield from interleave(train)
+        else:
+            yield from (("train", t) for t in train)
+            yield from (("val", row[cfg.column]) for row in take(val, cfg.max_documents))
+
+    version = file_key(files) if files else getattr(splits["train"], "_fingerprint", "streaming")
+    key = digest(path, str(cfg.subset), cfg.column, str(cfg.max_documents), version)
+    return Corpus(slug(path), key, documents)
+
+
+def take(rows: Any, limit: int | None) -> Iterator[Any]:
+    for i, row in enumerate(rows):
+        if limit is not None and i >= limit:
+            return
+        yield row
+
+
+def local_files(path: str) -> list[Path]:
+    """The data files that `path` (file, folder, glob or comma-separated list of these) names."""
+    suffixes = {".jsonl", ".json", ".parquet", ".csv", ".txt"}
+    files: list[Path] = []
+    for part in path.split(","):
+        found = Path(part)
+        if found.is_dir():
+            files += sorted(f for f in found.rglob("*") if f.suffix in suffixes)
+        elif found.is_file():
+            files.append(found)
+        elif not found.is_absolute() and any(c in part for c in "*?["):
+            files += sorted(Path().glob(part))
+    return files
+
+
+def hub_reachable(timeout: float = 0.5) -> bool:
+    from huggingface_hub.constants import ENDPOINT
+
+    address = urlsplit(ENDPOINT)
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def hub_cached(name: str) -> bool:
+    """Whether `datasets` has prepared the data set `owner/name` on this machine before."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    return (cache / name.replace("/", "___")).is_dir()
+
+
+def file_key(files: list[Path]) -> str:
+    """From names, sizes and times: a changed file has another key without being read."""
+    return digest(*(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files))
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:40].strip("._") or "text"
+
+
+CORPORA: dict[str, Callable[[DataConfig], Corpus]] = {
+    "pydoc": pydoc,
+    "stdlib": stdlib,
+    "text": text,
+    "hf": hf,
+}

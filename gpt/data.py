@@ -1,0 +1,212 @@
+"""Token files and batches.
+
+A corpus is tokenized once into `data/NAME-TOKENIZER-KEY/{train,val}.bin`. A token file is 1024
+bytes of header (a magic word, JSON, padded with spaces: `head -c 1024` shows it) and then the
+tokens as little-endian uint16 or uint32, read through a memory map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from gpt import tokenizer as tokenizers
+from gpt.config import Config
+from gpt.corpus import Corpus, digest, open_corpus
+from gpt.errors import DataError
+from gpt.seeds import stream_seed
+
+# Token files land in data/ beside the sources, or where GPT_DATA says.
+ROOT = Path(os.environ.get("GPT_DATA", Path(__file__).resolve().parent.parent / "data"))
+MAGIC = b"gpt-norms tokens 1\n"
+HEADER_BYTES = 1024
+FORMAT = "1"  # part of a prepared folder's key: raise it when preparation changes
+
+
+@dataclass(frozen=True)
+class Header:
+    """dtype           `<u2` or `<u4`
+    n_tokens        how many follow
+    n_bytes         of the text they were made from
+    vocab_size      every token is below it
+    tokenizer       its name
+    fingerprint     of the tokenizer
+    corpus_sha256   of the whole corpus's text, both splits
+    """
+
+    dtype: str
+    n_tokens: int
+    n_bytes: int
+    vocab_size: int
+    tokenizer: str
+    fingerprint: str
+    corpus_sha256: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One split: its header and its memory-mapped tokens."""
+
+    path: Path
+    header: Header
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Data:
+    """A prepared corpus."""
+
+    tokenizer: tiktoken.Encoding
+    train: Tokens
+    val: Tokens
+
+
+def prepare(cfg: Config) -> Data:
+    """The prepared corpus of `cfg`, made now if it is not there.
+
+    Only one process prepares a folder, others wait; it appears whole or not at all.
+    """
+    corpus = open_corpus(cfg.data)
+    key = digest(FORMAT, corpus.key, cfg.tokenizer)[:12]
+    folder = ROOT / f"{corpus.name}-{cfg.tokenizer}-{key}"
+    ROOT.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                write_folder(corpus, cfg.tokenizer, folder)
+    tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
+    train, val = (open_tokens(folder / f"{split}.bin") for split in ("train", "val"))
+    for tokens in (train, val):
+        need = cfg.model.block_size + 1
+        if len(tokens.ids) < need:
+            raise DataError(
+                f"{corpus.name}: {tokens.path.stem} has {tokens.header.n_bytes} bytes, "
+                f"{len(tokens.ids)} tokens; model.block_size={cfg.model.block_size} needs {need}"
+            )
+    return Data(tokenizer, train, val)
+
+
+def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
+    """Tokenize `corpus` into a temporary folder and rename it."""
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a preparation that was killed
+    temporary.mkdir()
+    training = (text for split, text in corpus.documents() if split == "train")
+    tokenizer = tokenizers.make_tokenizer(tokenizer_name, training)
+    between = tokenizers.separator(tokenizer) if corpus.separate else []
+    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+    sha256 = hashlib.sha256()
+    with ExitStack() as stack:
+        paths = {split: temporary / f"{split}.bin" for split in ("train", "val")}
+        files = {split: stack.enter_context(path.open("wb")) for split, path in paths.items()}
+        n_tokens, n_bytes = dict.fromkeys(files, 0), dict.fromkeys(files, 0)
+        for file in files.values():
+            file.write(b" " * HEADER_BYTES)
+        for split, text in corpus.documents():
+            encoded = text.encode()
+            sha256.update(encoded)
+            ids = np.array(tokenizer.encode_ordinary(text) + between, dtype=dtype)
+            files[split].write(ids.tobytes())
+            n_tokens[split] += len(ids)
+            n_bytes[split] += len(encoded)
+        for split, file in files.items():
+            header = Header(
+                dtype=dtype.str,
+                n_tokens=n_tokens[split],
+                n_bytes=n_bytes[split],
+                vocab_size=tokenizer.n_vocab,
+                tokenizer=tokenizer.name,
+                fingerprint=tokenizers.fingerprint(tokenizer),
+                corpus_sha256=sha256.hexdigest(),
+            )
+            content = MAGIC + json.dumps(asdict(header)).encode()
+            file.seek(0)
+            file.write(content.ljust(HEADER_BYTES - 1) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    tokenizers.save_tokenizer(tokenizer, temporary / "tokenizer.json")
+    os.replace(temporary, folder)
+
+
+def open_tokens(path: Path) -> Tokens:
+    """A token file, refused with DataError where header and content do not agree."""
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES)
+    if not head.startswith(MAGIC):
+        raise DataError(f"{path}: not a token file of this version; delete its folder")
+    header = Header(**json.loads(head[len(MAGIC) :]))
+    size = HEADER_BYTES + header.n_tokens * np.dtype(header.dtype).itemsize
+    if path.stat().st_size != size:
+        raise DataError(f"{path}: {path.stat().st_size} bytes, expected {size}; delete its folder")
+    if header.n_tokens == 0:  # an empty file cannot be mapped
+        return Tokens(path, header, np.empty(0, header.dtype))
+    return Tokens(path, header, np.memmap(path, header.dtype, mode="r", offset=HEADER_BYTES))
+
+
+def rows(ids: np.ndarray, starts: np.ndarray, block_size: int) -> Tensor:
+    """The windows of block_size + 1 tokens from each start, int64 (len(starts), block_size + 1)."""
+    windows = [ids[start : start + block_size + 1] for start in starts]
+    return torch.from_numpy(np.stack(windows).astype(np.int64))
+
+
+def to_device(window: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Windows as inputs and targets, each (B, T), on `device` without waiting for the copy."""
+    if device.type == "cuda":
+        window = window.pin_memory()
+    window = window.to(device, non_blocking=True)
+    return window[:, :-1], window[:, 1:]
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """Random windows. Those of a step follow from the seed and the step alone, so that runs with
+    equal seeds see equal batches and a resumed run needs no position but its step."""
+
+    ids: np.ndarray
+    batch_size: int
+    grad_accum: int
+    block_size: int
+    seed: int
+
+    def at(self, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The grad_accum micro-batches of `step`: inputs and targets, each (B, T)."""
+        rng = np.random.default_rng([stream_seed(self.seed, "data"), step])
+        starts = rng.integers(
+            len(self.ids) - self.block_size, size=self.grad_accum * self.batch_size
+        )
+        for micro in starts.reshape(self.grad_accum, self.batch_size):
+            yield to_device(rows(self.ids, micro, self.block_size), device)
+
+
+@dataclass(frozen=True)
+class ValBatches:
+    """Windows side by side, evenly spread over the split, at most max_tokens: always the same."""
+
+    ids: np.ndarray
+    batch_size: int
+    block_size: int
+    max_tokens: int
+
+    def starts(self) -> np.ndarray:
+        available = (len(self.ids) - 1) // self.block_size
+        count = max(1, min(available, self.max_tokens // self.block_size))
+        return np.linspace(0, available - 1, count).astype(np.int64) * self.block_size
+
+    def on(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        starts = self.starts()
+        for i in range(0, len(starts), self.batch_size):
+            yield to_device(
+                rows(self.ids, starts[i : i + self.batch_size], self.block_size), device
+            )

@@ -1,0 +1,38 @@
+"""Where and in which precision a model runs."""
+
+from __future__ import annotations
+
+import torch
+
+from gpt.errors import MissingInput
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first of CUDA, MPS and CPU that is there; a device that is not is an error."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    device = torch.device(available[0] if name == "auto" else name)
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in available or (device.index or 0) >= count:
+        raise MissingInput(f"device={name}: not on this machine; it has {', '.join(available)}")
+    return device
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """bfloat16 autocast where `dtype` asks for it; `auto` asks where CUDA computes in it."""
+    if dtype == "auto":
+        enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        enabled = dtype == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Let a resumed run on CUDA repeat the same bits; CPU kernels do so by themselves."""
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32

@@ -1,0 +1,51 @@
+"""What a user can mend: each error is one line, and each kind has its own exit code (sysexits)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """One line: what, where, got, expected, nearest match, next action."""
+
+    exit_code = 64
+
+
+class Diverged(UserError):
+    """A loss or gradient became NaN or infinite."""
+
+    exit_code = 17
+
+
+class DataError(UserError):
+    """A file is there and its content is wrong."""
+
+    exit_code = 65
+
+
+class MissingInput(UserError):
+    """A file, data set or device that was asked for is not there."""
+
+    exit_code = 66
+
+
+class Locked(UserError):
+    """Another process is writing to the same directory."""
+
+    exit_code = 75
+
+
+class ConfigError(UserError):
+    """A name, type or value in the configuration is wrong."""
+
+    exit_code = 78
+
+
+IO_ERROR = 74  # the exit code of an OSError that reaches the command line: disk full, no permission
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """`; did you mean 'layer'?`, or nothing where no option is close."""
+    matches = get_close_matches(word, list(options), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,84 @@
+"""Several runs side by side, read from their `summary.json` files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gpt.errors import MissingInput
+from gpt.logger import read_jsonl
+
+
+def load_summaries(folder: Path) -> list[dict[str, Any]]:
+    """The summaries of all runs below `folder`, best validation loss first, diverged runs last."""
+    summaries = [
+        json.loads(path.read_text()) | {"run_dir": str(path.parent)}
+        for path in sorted(folder.rglob("summary.json"))
+    ]
+    if not summaries:
+        raise MissingInput(f"{folder}: no finished run below it")
+    return sorted(summaries, key=lambda s: ("diverged_at" in s, s["val_loss"]))
+
+
+def print_table(summaries: list[dict[str, Any]]) -> None:
+    """One line a run. Leaky training losses are marked: they are not comparable, never ranked."""
+    table = Table(title="best validation loss first", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for column in ("val loss", "bits/byte", "train loss", "tokens/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for s in summaries:
+        val_loss, val_bpb = f"{s['val_loss']:.4f}", f"{s['val_bpb']:.4f}"
+        if "diverged_at" in s:
+            val_loss, val_bpb = f"diverged at {s['diverged_at']}", ""
+        train_loss = f"{s['train_loss']:.4f}" + " leaky" * s["leaky"]
+        name = Path(s["run_dir"]).name
+        table.add_row(name, val_loss, val_bpb, train_loss, f"{s['tokens_per_s']:,.0f}")
+    Console().print(table)
+
+
+def draw_curves(summaries: list[dict[str, Any]], path: Path) -> None:
+    """Validation loss by step, a panel for each placement and batch size, a line for each norm.
+
+    Runs that differ in their seed alone share a colour. A diverged run ends in a cross.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")  # draw to files: there may be no screen
+    import matplotlib.pyplot as plt
+
+    placements = sorted({s["placement"] for s in summaries})
+    batch_sizes = sorted({s["batch_size"] for s in summaries})
+    norms = sorted({s["norm"] for s in summaries})
+    figure, axes = plt.subplots(
+        len(placements),
+        len(batch_sizes),
+        figsize=(4.2 * len(batch_sizes) + 0.6, 2.9 * len(placements) + 0.5),
+        sharex="row",
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for s in sorted(summaries, key=lambda s: norms.index(s["norm"])):
+        rows = [r for r in read_jsonl(Path(s["run_dir"]) / "metrics.jsonl") if "val_bpb" in r]
+        steps, values = [r["step"] for r in rows], [r["val_bpb"] for r in rows]
+        row, column = placements.index(s["placement"]), batch_sizes.index(s["batch_size"])
+        axis, color = axes[row, column], f"C{norms.index(s['norm'])}"
+        axis.plot(steps, values, color=color, label=s["norm"], linewidth=1.8)
+        if "diverged_at" in s:
+            axis.plot(steps[-1:], values[-1:], "x", color=color)
+    for row, placement in enumerate(placements):
+        for column, batch_size in enumerate(batch_sizes):
+            axis = axes[row, column]
+            axis.set_title(f"placement={placement}, batch_size={batch_size}", fontsize=10)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("validation bits per byte", fontsize=10)
+    labels = {t: h for a in axes.flat for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
+    axes[0, -1].legend(labels.values(), labels.keys(), frameon=False, title="norm")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

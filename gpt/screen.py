@@ -1,0 +1,47 @@
+"""What a run shows on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Screen:
+    """Lines of text, and a progress bar while training."""
+
+    def __init__(self, total: int) -> None:
+        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.progress.add_task("", total=total, loss="-", speed="-")
+
+    def say(self, line: str, style: str = "") -> None:
+        self.console.print(line, style=style)
+
+    def evaluation(self, step: int, result: dict[str, float]) -> None:
+        line = f"step {step:>6}  val loss {result['val_loss']:.4f}  "
+        line += f"{result['val_bpb']:.4f} bits per byte"
+        if "val_loss_batch_stats" in result:
+            line += f"  (with the batch's own statistics: {result['val_loss_batch_stats']:.4f})"
+        self.say(line)
+
+    def steps_done(self, step: int, loss: float, speed: float) -> None:
+        self.progress.update(self.task, completed=step, loss=f"{loss:.3f}", speed=f"{speed:,.0f}")
+
+    def report(self, run_dir: Path, summary: dict[str, Any], sample: str) -> None:
+        self.say("\n--- a sample " + "-" * 50)
+        self.say(sample.strip("\n"))
+        self.say("-" * 63)
+        leaky = "  (leaky: this norm saw later tokens and other samples)" * summary["leaky"]
+        self.say(f"train loss {summary['train_loss']:.4f}{leaky}")
+        self.say(f"val loss   {summary['val_loss']:.4f}  {summary['val_bpb']:.4f} bits per byte")
+        self.say(f"run        {run_dir}", style="bold")

@@ -1,0 +1,97 @@
+"""What a norm sees and does: moments before and after every norm site and of the residual stream.
+
+Hooks are there only inside `collect`, so that all other steps cost nothing; inside, everything
+stays on the device until `table` reads it in one transfer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt.norms.registry import NORMS
+
+MOMENTS = ("mean", "std", "rms", "absmax", "kurtosis")
+Record = dict[tuple[str, ...], Tensor]  # ("sites", "h.0.attn.in", "before") → its moments
+
+
+def moments(x: Tensor) -> Tensor:
+    """Mean, standard deviation (biased), root mean square, max |x| and kurtosis of all of x.
+
+    Kurtosis is E[(x−μ)⁴]/σ⁴: 3 for a Gaussian, large where a few values are outliers, 0 here
+    where x is constant.
+    """
+    x = x.detach().float()
+    mean = x.mean()
+    squares = (x - mean).square()
+    variance = squares.mean()
+    kurtosis = squares.square().mean() / variance.square().clamp_min(1e-38)
+    rms = x.square().mean().sqrt()
+    return torch.stack([mean, variance.sqrt(), rms, x.abs().amax(), kurtosis])
+
+
+@contextmanager
+def collect(
+    model: nn.Module, streams: Mapping[str, nn.Module], grad_scale: float = 1.0
+) -> Iterator[Record]:
+    """Inside, one forward and backward of `model` fills the record that is yielded.
+
+    streams     modules whose output is the residual stream, by name
+    grad_scale  what a gradient is multiplied with: grad_accum, where the loss was divided by it
+    """
+    record: Record = {}
+    handles = []
+
+    def watch(group: str, name: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if group == "sites":
+                record[group, name, "before"] = moments(inputs[0])
+            record[group, name, "after"] = moments(output)
+            # A view of its own: an identity's output is its input, whose gradient holds more.
+            output = output.view_as(output)
+            if output.requires_grad:
+                output.register_hook(keep_gradient)
+            return output
+
+        def keep_gradient(gradient: Tensor) -> None:
+            record[group, name, "grad_norm"] = gradient.detach().float().norm() * grad_scale
+
+        handles.append(module.register_forward_hook(hook))
+
+    for name, module in model.named_modules():
+        if type(module) in NORMS.values():
+            watch("sites", name, module)
+            for key, parameter in (("gamma_norm", "weight"), ("beta_norm", "bias")):
+                value = getattr(module, parameter, None)
+                if value is not None:
+                    record["sites", name, key] = value.detach().float().norm()
+    for name, module in streams.items():
+        watch("residual", name, module)
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def table(record: Record) -> dict[str, dict[str, dict[str, Any]]]:
+    """The record as plain numbers: {"sites": {site: {"before": {"mean": …}, "grad_norm": …}}}."""
+    numbers = iter(torch.cat([value.flatten() for value in record.values()]).tolist())
+    result: dict[str, dict[str, dict[str, Any]]] = {"sites": {}, "residual": {}}
+    for (group, name, key), value in record.items():
+        entry = result[group].setdefault(name, {})
+        entry[key] = dict(zip(MOMENTS, numbers, strict=False)) if value.dim() else next(numbers)
+    return result
+
+
+def first_nonfinite(record: Record) -> str | None:
+    """The first place in the order of the forward pass whose values are NaN or infinite."""
+    for (_, name, key), value in record.items():
+        if not math.isfinite(value.sum().item()):
+            return f"{name} ({key})"
+    return None

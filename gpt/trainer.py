@@ -1,0 +1,318 @@
+"""Training, top to bottom: `train` sets a run up, `run_steps` is the loop, `update` one step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt import checkpoint, stats
+from gpt.checkpoint import TrainState
+from gpt.config import Config
+from gpt.data import Data, TrainBatches, ValBatches, prepare
+from gpt.device import autocast, make_deterministic, resolve_device
+from gpt.errors import ConfigError, Diverged
+from gpt.generate import generate
+from gpt.logger import RunLog, read_jsonl, write_atomically
+from gpt.model import GPT
+from gpt.norms.batch import BatchNorm, batch_statistics
+from gpt.norms.registry import norms_of, sees_others
+from gpt.optim import lr_at, make_optimizer
+from gpt.placement import build_model
+from gpt.run_dir import claim, locked, stop_signals
+from gpt.screen import Screen
+from gpt.seeds import stream_seed
+from gpt.tokenizer import save_tokenizer, token_bytes
+
+READ_EVERY = 10  # on an accelerator losses are read once in so many steps, since reading waits
+TRAIN_LOSS_OVER = 50  # the summary's training loss is the mean over so many last steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """What does not change while training; what does is `TrainState`."""
+
+    cfg: Config
+    dir: Path
+    device: torch.device
+    data: Data
+    model: GPT
+    screen: Screen
+
+
+def train(cfg: Config, root: Path = Path("runs")) -> dict[str, Any]:
+    """Make, resume, or find finished the run that `cfg` describes; returns its summary.
+
+    Its directory is `cfg.run_dir`, or else a name under `root` that follows from `cfg`.
+    """
+    screen = Screen(total=cfg.train.steps)
+    run_dir = Path(cfg.run_dir) if cfg.run_dir else root / cfg.run_name()
+    with locked(run_dir):
+        claim(run_dir, cfg)
+        if (run_dir / "DONE").exists():
+            screen.say(f"{run_dir} is finished already", style="green")
+            return json.loads((run_dir / "summary.json").read_text())
+
+        run, state = set_up(cfg, run_dir, screen)
+        resumed = checkpoint.restore(run_dir, state)
+        introduce(run)
+        if resumed:
+            screen.say(f"resuming {run_dir} at step {state.step}", style="green")
+        log = RunLog(run_dir, cfg, keep_until=state.step if resumed else -1)
+        try:
+            run_steps(run, state, log)
+            summary = summarise(run, state)
+            log.summary(summary)
+        except Diverged:
+            log.summary(summarise(run, state) | {"diverged_at": state.step})
+            raise
+        finally:
+            log.close()
+        write_atomically(run_dir / "DONE", cfg.hash() + "\n")
+        sample = "".join(generate(run.model, run.data.tokenizer, "\n", max_new_tokens=200))
+        screen.report(run_dir, summary, sample)
+        return summary
+
+
+def set_up(cfg: Config, run_dir: Path, screen: Screen) -> tuple[Run, TrainState]:
+    """The run before its first step."""
+    device = resolve_device(cfg.device)
+    make_deterministic(device)
+    data = prepare(cfg)
+    save_tokenizer(data.tokenizer, run_dir / "tokenizer.json")
+    model = build_model(cfg, data.tokenizer.n_vocab).to(device)
+    if sees_others(model) and cfg.train.batch_size * cfg.model.block_size == 1:
+        raise ConfigError(
+            f"norm={cfg.norm['name']}: train.batch_size=1 and model.block_size=1 give one value a "
+            "feature, whose variance is 0; raise either"
+        )
+    torch.manual_seed(stream_seed(cfg.seed, "dropout"))  # dropout alone draws from it from here on
+    header = data.train.header
+    data_id = f"{header.corpus_sha256[:16]}-{header.fingerprint[:16]}"
+    state = TrainState(0, 0.0, model, make_optimizer(model, cfg.optim), data_id)
+    return Run(cfg, run_dir, device, data, model, screen), state
+
+
+def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
+    """Train to `train.steps`, with evaluations, statistics and checkpoints on the way.
+
+    Step n is the n-th update. Its loss is that before the update, a validation loss that after.
+    """
+    cfg, t, device = run.cfg, run.cfg.train, run.device
+    block_size = cfg.model.block_size
+    batches = TrainBatches(run.data.train.ids, t.batch_size, t.grad_accum, block_size, cfg.seed)
+    val = ValBatches(run.data.val.ids, t.batch_size, block_size, t.eval_tokens)
+    bytes_of = torch.tensor(token_bytes(run.data.tokenizer), device=device)
+    compiled = torch.compile(run.model) if cfg.compile else run.model
+    unread: list[Row] = []
+
+    def evaluate_and_log() -> None:
+        result = evaluate(run.model, val, bytes_of, device, cfg.dtype)
+        log.metrics(state.step, **result)
+        run.screen.evaluation(state.step, result)
+
+    with stop_signals() as signals, run.screen.progress:
+        if state.step == 0:
+            evaluate_and_log()
+        started = time.perf_counter()
+        while state.step < t.steps:
+            step = state.step + 1
+            counting = t.stats_every > 0 and (step == 1 or step % t.stats_every == 0)
+            # Statistics hook into the model as it is written, not as it is compiled.
+            forward = run.model if counting else compiled
+            row, record = update(run, state, forward, batches, step, counting)
+            state.step = step
+            unread.append(row)
+
+            evaluating = step % t.eval_every == 0 or step == t.steps
+            saving = step % t.checkpoint_every == 0 or step == t.steps or bool(signals)
+            reading = device.type == "cpu" or step % READ_EVERY == 0
+            if not (reading or counting or evaluating or saving):
+                continue
+            rows = read(unread)
+            unread.clear()
+            seconds = time.perf_counter() - started
+            state.train_seconds += seconds
+            speed = len(rows) * t.batch_size * t.grad_accum * block_size / seconds
+            for values in rows:
+                log.metrics(**values, tokens_per_s=round(speed, 1))
+            run.screen.steps_done(step, rows[-1]["loss"], speed)
+            stop_if_diverged(run, state, batches, rows)
+            if counting:
+                log.stats(step, stats.table(record))
+            if evaluating:
+                evaluate_and_log()
+            if saving:
+                checkpoint.save(run.dir, state, t.keep_checkpoints)
+            if signals and step < t.steps:
+                run.screen.say(f"stopped at step {step}; the same command resumes there")
+                raise SystemExit(128 + signals[0])
+            started = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step's numbers, still on the device."""
+
+    step: int
+    lr: float
+    loss: Tensor
+    grad_norm: Tensor
+
+
+def update(
+    run: Run,
+    state: TrainState,
+    forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    batches: TrainBatches,
+    step: int,
+    counting: bool,
+) -> tuple[Row, stats.Record]:
+    """One optimizer step on the mean loss of its micro-batches.
+
+    The loss and the gradient's norm before clipping; and, if `counting`, the statistics of the
+    first micro-batch. Where either is NaN or infinite the weights stay as they are.
+    """
+    cfg, optimizer = run.cfg, state.optimizer
+    accum = cfg.train.grad_accum
+    losses: list[Tensor] = []
+    record: stats.Record = {}
+    for x, y in batches.at(step, run.device):
+        watching: AbstractContextManager[stats.Record] = nullcontext(record)
+        if counting and not losses:
+            watching = stats.collect(run.model, run.model.streams(), accum)
+        with watching as record:
+            with autocast(run.device, cfg.dtype):
+                _, loss = forward(x, y)
+            (loss / accum).backward()
+        losses.append(loss.detach())
+    loss = torch.stack(losses).mean()
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.optim.grad_clip or math.inf)
+    finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    lr = lr_at(step, cfg.train.steps, cfg.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # skips, no waiting
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return Row(step, lr, loss, grad_norm), record
+
+
+def read(rows: list[Row]) -> list[dict[str, Any]]:
+    """The numbers of several steps in one transfer: the only place where training waits."""
+    values = torch.stack([torch.stack([row.loss, row.grad_norm]) for row in rows]).tolist()
+    return [
+        {"step": row.step, "loss": loss, "grad_norm": grad_norm, "lr": row.lr}
+        for row, (loss, grad_norm) in zip(rows, values, strict=True)
+    ]
+
+
+def stop_if_diverged(
+    run: Run, state: TrainState, batches: TrainBatches, rows: list[dict[str, Any]]
+) -> None:
+    """Raise Diverged at the first row that is not finite, naming the site where it began."""
+    for row in rows:
+        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+            continue
+        state.step = row["step"]
+        x, y = next(batches.at(state.step, run.device))
+        with torch.no_grad(), stats.collect(run.model, run.model.streams()) as record:
+            run.model(x, y)
+        raise Diverged(
+            f"diverged at step {state.step}: loss {row['loss']}, gradient norm {row['grad_norm']}, "
+            f"first in {stats.first_nonfinite(record) or 'the backward pass'}; {run.dir} keeps the "
+            "last checkpoint. Try a smaller optim.lr or another norm"
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, batches: ValBatches, bytes_of: Tensor, device: torch.device, dtype: str
+) -> dict[str, float]:
+    """Validation loss in nats a token and in bits a byte of text, on always the same windows.
+
+    A BatchNorm model is judged with its running statistics; the loss with the batch's own, which
+    generation does not have, stands beside it.
+    """
+
+    def losses() -> tuple[float, float]:
+        nats = torch.zeros((), device=device)
+        text_bytes = torch.zeros((), dtype=torch.int64, device=device)
+        tokens = 0
+        for x, y in batches.on(device):
+            with autocast(device, dtype):
+                _, loss = model(x, y)
+            nats += loss.float() * y.numel()
+            text_bytes += bytes_of[y].sum()
+            tokens += y.numel()
+        return nats.item() / tokens, nats.item() / text_bytes.item() / math.log(2)
+
+    model.eval()
+    loss, bpb = losses()
+    result = {"val_loss": loss, "val_bpb": bpb}
+    if any(isinstance(norm, BatchNorm) for norm in norms_of(model)):
+        with batch_statistics(model):
+            result["val_loss_batch_stats"], _ = losses()
+    model.train()
+    return result
+
+
+def introduce(run: Run) -> None:
+    cfg, header = run.cfg, run.data.train.header
+    parameters = sum(p.numel() for p in run.model.parameters())
+    run.screen.say(
+        f"norm={cfg.norm['name']} placement={cfg.placement.name} on {run.device}: "
+        f"{parameters:,} parameters, {header.n_bytes:,} bytes of {cfg.data.name} as "
+        f"{header.n_tokens:,} {header.tokenizer} tokens of {header.vocab_size}"
+    )
+    if sees_others(run.model):
+        run.screen.say(
+            f"leaky: in training norm={cfg.norm['name']} sees later tokens and other samples; its "
+            "training loss is not comparable, its validation loss (running statistics) is",
+            style="yellow",
+        )
+        if cfg.train.batch_size == 1:
+            run.screen.say(
+                "train.batch_size=1: the statistics are those of one sample", style="yellow"
+            )
+
+
+def summarise(run: Run, state: TrainState) -> dict[str, Any]:
+    """The run in numbers, from its own `metrics.jsonl`."""
+    cfg, t = run.cfg, run.cfg.train
+    rows = read_jsonl(run.dir / "metrics.jsonl")
+    losses = [r["loss"] for r in rows if r.get("loss") is not None][-TRAIN_LOSS_OVER:]
+    evaluations = [r for r in rows if "val_loss" in r]
+    tokens = state.step * t.batch_size * t.grad_accum * cfg.model.block_size
+    return {
+        **{k: v for k, v in evaluations[-1].items() if k != "step"},
+        "best_val_loss": min(r["val_loss"] for r in evaluations if r["val_loss"] is not None),
+        "train_loss": sum(losses) / max(1, len(losses)),
+        "leaky": sees_others(run.model),
+        "norm": cfg.norm["name"],
+        "placement": cfg.placement.name,
+        "batch_size": t.batch_size,
+        "seed": cfg.seed,
+        "steps": state.step,
+        "params": sum(p.numel() for p in run.model.parameters()),
+        "tokens": tokens,
+        "tokens_per_s": tokens / max(state.train_seconds, 1e-9),
+        "corpus": cfg.data.name,
+        "corpus_sha256": run.data.train.header.corpus_sha256,
+        "tokenizer": run.data.tokenizer.name,
+        "config_hash": cfg.hash(),
+        "torch": torch.__version__,
+        "device": str(run.device),
+        "run_dir": str(run.dir),
+    }

@@ -1,0 +1,30 @@
+"""Tokenize a corpus without training: python scripts/prepare.py data=text data.path=FILE
+
+Training does so by itself; this is for large corpora, once, before many runs share them.
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from gpt import cli
+from gpt.config import register_schemas, typed
+
+register_schemas()
+
+
+@hydra.main(config_path=str(cli.CONFIGS), config_name="train", version_base="1.3")
+@cli.one_line_errors
+def main(raw: DictConfig) -> None:
+    cfg = typed(raw)
+    from gpt.data import prepare
+
+    data = prepare(cfg)
+    for tokens in (data.train, data.val):
+        h = tokens.header
+        print(f"{tokens.path}: {h.n_bytes:,} bytes as {h.n_tokens:,} {h.tokenizer} tokens")
+
+
+if __name__ == "__main__":
+    cli.run(main)

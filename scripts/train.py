@@ -1,0 +1,61 @@
+"""Train a GPT with any norm at any place: python scripts/train.py norm=layer placement=pre
+
+Several at once, a table at the end: python scripts/train.py -m norm=layer,rms seed=1,2
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from gpt import cli
+from gpt.config import register_schemas, typed
+
+register_schemas()
+
+
+@hydra.main(config_path=str(cli.CONFIGS), config_name="train", version_base="1.3")
+@cli.one_line_errors
+def main(raw: DictConfig) -> None:
+    cfg = typed(raw)
+    from gpt.trainer import train  # after the configuration is checked: torch takes seconds
+
+    hydra_config = HydraConfig.get()
+    sweeping = hydra_config.mode == RunMode.MULTIRUN
+    train(cfg, root=Path(hydra_config.sweep.dir if sweeping else "runs"))
+
+
+def sweep_dir(argv: list[str]) -> Path | None:
+    """Where a sweep's runs go: it follows from the sweep's name or its overrides, so that the same
+    command finds the cells that it has finished. None for a single run."""
+    if not {"-m", "--multirun"} & set(argv):
+        return None
+    given = dict(arg.split("=", 1) for arg in argv if "=" in arg and not arg.startswith("-"))
+    if "hydra.sweep.dir" in given:
+        return Path(given["hydra.sweep.dir"])
+    overrides = sorted(f"{k}={v}" for k, v in given.items() if not k.startswith("hydra"))
+    named = given.get("sweep", "sweep")
+    if len(overrides) == 1 and "sweep" in given:
+        return Path("runs") / named
+    digest = hashlib.sha256(" ".join(overrides).encode()).hexdigest()
+    return Path("runs") / f"{named}-{digest[:8]}"
+
+
+if __name__ == "__main__":
+    folder = sweep_dir(sys.argv[1:])
+    if folder is None:
+        cli.run(main)
+    else:
+        sys.argv.append(f"hydra.sweep.dir={folder}")
+        try:
+            cli.run(main)
+        finally:
+            from gpt.results import load_summaries, print_table
+
+            print_table(load_summaries(folder))

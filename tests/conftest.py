@@ -1,0 +1,126 @@
+"""Shared by all tests: a small corpus, small models, and the program run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from gpt.config import Config, register_schemas, typed
+
+REPO = Path(__file__).resolve().parent.parent
+TINY = {
+    "model.n_layer": 2,
+    "model.n_head": 2,
+    "model.n_embd": 32,
+    "model.block_size": 32,
+    "train.batch_size": 4,
+    "train.steps": 6,
+    "train.eval_every": 3,
+    "train.eval_tokens": 512,
+    "train.stats_every": 3,
+    "train.checkpoint_every": 2,
+    "optim.warmup_steps": 2,
+    "tokenizer": "bytes",
+    "wandb.mode": "disabled",
+    "device": "cpu",
+}
+
+register_schemas()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite tests/golden from this machine's runs"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token files of the tests land in a folder of their own, in subprocesses too."""
+    import gpt.data
+
+    folder = tmp_path_factory.mktemp("data")
+    os.environ["GPT_DATA"] = str(folder)
+    gpt.data.ROOT = folder
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 kB of text with structure to learn, the same on every machine and Python."""
+    rng = random.Random(0)
+    words = ["norm", "row", "column", "token", "batch", "mean", "variance", "the", "of", "a"]
+    lines = (" ".join(rng.choices(words, k=rng.randint(3, 9))) + ".\n" for _ in range(600))
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("".join(lines))
+    return path
+
+
+def overrides(*extra: str, **values: Any) -> list[str]:
+    """TINY and `extra`, the latter winning."""
+    merged = {**TINY, **values}
+    merged.update(arg.split("=", 1) for arg in extra)
+    return [f"{key}={value}" for key, value in merged.items()]
+
+
+def make_config(*extra: str) -> Config:
+    """The configuration that `python scripts/train.py` would see."""
+    with initialize_config_dir(str(REPO / "configs"), version_base="1.3"):
+        return typed(compose("train", overrides(*extra)))
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Make a tiny configuration over the test corpus, with its own run directory."""
+
+    def make(*extra: str) -> Config:
+        run_dir = (
+            [] if any(a.startswith("run_dir=") for a in extra) else [f"run_dir={tmp_path}/run"]
+        )
+        return make_config("data=text", f"data.path={corpus}", *run_dir, *extra)
+
+    return make
+
+
+def program(*args: str, script: str = "train", cwd: Path = REPO, **env: str) -> list[str]:
+    return [sys.executable, str(REPO / "scripts" / f"{script}.py"), *args]
+
+
+def run_program(
+    *args: str, script: str = "train", cwd: Path = REPO, timeout: float = 120, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user does, and give back what it printed."""
+    return subprocess.run(
+        program(*args, script=script),
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def read_rows(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path) -> list[tuple[Any, ...]]:
+    """What two runs must share to the bit: every logged number but the speed."""
+    return [
+        tuple((k, v) for k, v in row.items() if k != "tokens_per_s") for row in read_rows(run_dir)
+    ]

@@ -1,0 +1,129 @@
+"""Checkpoints: whole or not there, damage noticed, nothing pickled."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.checkpoint import checkpoints, load_model
+from gpt.config import Config
+from gpt.errors import DataError, MissingInput
+from gpt.trainer import train
+from tests.conftest import curve
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    from tests.conftest import make_config
+
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    train(make_config("data=text", f"data.path={corpus}", f"run_dir={run_dir}", "norm=batch"))
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_run_directory_holds_what_the_design_says(finished: Path) -> None:
+    names = {p.name for p in finished.iterdir() if not p.name.startswith(".")}
+    assert names == {
+        "config.yaml", "tokenizer.json", "metrics.jsonl", "stats.jsonl", "summary.json", "DONE",
+        "checkpoints",
+    }  # fmt: skip
+    newest = finished / "checkpoints" / "step_6"
+    assert {p.name for p in newest.iterdir()} == {
+        "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json",
+        "manifest.json",
+    }  # fmt: skip
+
+
+def test_only_the_newest_are_kept(finished: Path) -> None:
+    assert [f.name for f in checkpoints(finished)] == ["step_6", "step_4"]
+
+
+def test_load_model_gives_the_trained_model_back(finished: Path) -> None:
+    model = load_model(finished)
+    assert not model.training
+    assert model.head.running_var.ne(1).all()  # the norm's buffers came along
+    older = load_model(finished, step=4)
+    assert not torch.equal(model.wte.weight, older.wte.weight)
+
+
+def test_what_is_not_there_is_named(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match="no checkpoint of step 5; it has step_6, step_4"):
+        load_model(finished, step=5)
+    with pytest.raises(MissingInput, match=r"not a run directory, it has no config.yaml"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    run_dir: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip_a_bit(run_dir / "checkpoints" / "step_6" / name)
+    model = load_model(run_dir)
+    assert torch.equal(model.wte.weight, load_model(run_dir, step=4).wte.weight)
+    assert "step_6 is damaged" in capsys.readouterr().err
+
+
+def test_resuming_from_the_older_checkpoint_gives_the_same_curve(
+    run_dir: Path, finished: Path, config: Callable[..., Config]
+) -> None:
+    flip_a_bit(run_dir / "checkpoints" / "step_6" / "optimizer.safetensors")
+    (run_dir / "DONE").unlink()
+    train(config("norm=batch", f"run_dir={run_dir}"))
+    assert curve(run_dir) == curve(finished)
+
+
+def test_where_all_are_damaged_nothing_is_started_over(
+    run_dir: Path, config: Callable[..., Config]
+) -> None:
+    for folder in checkpoints(run_dir):
+        flip_a_bit(folder / "rng.safetensors")
+    (run_dir / "DONE").unlink()
+    with pytest.raises(DataError, match="no checkpoint is intact"):
+        train(config("norm=batch", f"run_dir={run_dir}"))
+    with pytest.raises(DataError, match="intact"):
+        load_model(run_dir)
+
+
+def test_what_a_killed_writer_left_is_swept(run_dir: Path, config: Callable[..., Config]) -> None:
+    shutil.copytree(run_dir / "checkpoints" / "step_4", run_dir / "checkpoints" / "step_5.tmp")
+    assert [f.name for f in checkpoints(run_dir)] == ["step_6", "step_4"]
+    (run_dir / "DONE").unlink()
+    train(config("norm=batch", f"run_dir={run_dir}"))
+    assert not list((run_dir / "checkpoints").glob("*.tmp"))
+
+
+def test_other_tokens_are_refused(
+    run_dir: Path, config: Callable[..., Config], tmp_path: Path
+) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("another text\n" * 500)
+    (run_dir / "DONE").unlink()
+    cfg = run_dir / "config.yaml"
+    old = next(line for line in cfg.read_text().splitlines() if line.startswith("  path:"))
+    cfg.write_text(cfg.read_text().replace(old, f"  path: {text}"))
+    with pytest.raises(DataError, match="trained on other tokens"):
+        train(config("norm=batch", f"run_dir={run_dir}", f"data.path={text}"))
+
+
+def test_nothing_is_pickled(finished: Path) -> None:
+    pickled = [
+        p
+        for p in finished.rglob("*")
+        if p.is_file() and (p.read_bytes()[:2] == b"\x80\x02" or p.read_bytes()[:2] == b"PK")
+    ]
+    assert pickled == []

@@ -1,0 +1,152 @@
+"""The configuration: what is wrong is refused in one line with exit 78; every yaml composes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt import cli
+from gpt.config import Config, load_config, save_config, typed
+from tests.conftest import REPO, make_config, run_program
+
+CONFIGS = REPO / "configs"
+GROUPS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name != "sweep")
+
+
+def refusal(*overrides: str) -> tuple[str, int | None]:
+    """The line and the exit code that the command line gives for `overrides`."""
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = typed(compose("train", list(overrides)))
+        from gpt.placement import build_model
+
+        build_model(cfg, 16)
+    except Exception as error:
+        return cli.explain(error)
+    raise AssertionError(f"{overrides} was accepted")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("norm=layr", "norm=layr: expected one of batch, cuda_layer, dummy, layer, rms; "
+         "did you mean 'layer'?"),
+        ("norm.epz=1", "norm.epz: no such key; did you mean 'norm.eps'?"),
+        ("norm.name=layr", "did you mean 'layer'?"),
+        ("norm.eps=tiny", "norm.eps=tiny: expected float"),
+        ("model.n_lyer=3", "model.n_lyer: no such key; did you mean 'model.n_layer'?"),
+        ("nrom=layer", "nrom: no such key; did you mean 'norm'?"),
+        ("+train.stpes=3", "did you mean 'train.steps'?"),
+        ("model.n_layer=abc", "model.n_layer: Value 'abc' of type 'str' could not be converted to "
+         "Integer"),
+        ("model.n_embd=130", "model.n_embd=130: expected a multiple of model.n_head=4"),
+        ("train.batch_size=-1", "train.batch_size=-1: expected an integer >= 1"),
+        ("train.batch_size=1.5", "train.batch_size: Value '1.5'"),
+        ("optim.lr=1e400", "optim.lr=inf: expected a finite number >= 0"),
+        ("optim.lr=nan", "optim.lr=nan: expected a finite number >= 0"),
+        ("optim.min_lr=1", "optim.min_lr=1.0: expected at most optim.lr=0.003"),
+        ("model.dropout=1", "model.dropout=1.0: expected a number in [0, 1)"),
+        ("tokenizer=gpt3", "tokenizer=gpt3: expected bpe | bytes | gpt2; did you mean 'gpt2'?"),
+        ("dtype=float16", "dtype=float16: expected auto | float32 | bfloat16"),
+        ("device=gpu", "device=gpu: expected auto | cpu | cuda | cuda:N | mps"),
+        ("device=cuda:x", "device=cuda:x: expected"),
+        ("placement=per", "placement=per: expected one of none, peri, post, pre, reordered; "
+         "did you mean 'peri'?"),
+        ("placement.attn.in=3", "placement.attn.in=3: expected true, false or a norm's name"),
+        ("placement.attn.inn=true", "did you mean 'placement.attn.in'?"),
+        ("placement.alpha=inf", "placement.alpha=inf: expected a finite number"),
+        ("wandb.mode=of", "wandb.mode=of: expected auto | online | offline | disabled"),
+        ("data=text", "data.path: not given; data=text needs data.path=PATH"),
+        ("data=pydocs", "did you mean 'pydoc'?"),
+        ("model=gpt3", "did you mean 'gpt2'?"),
+        ("train.steps=", "train.steps"),
+        ("norm=[", "norm=[: not an override"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_78(override: str, expected: str) -> None:
+    line, code = refusal(override)
+    assert expected in line
+    assert "\n" not in line
+    assert code == 78
+
+
+@pytest.mark.parametrize("override", ["train.batch_size=-1", "norm=layr", "norm.epz=1"])
+def test_the_program_says_one_line_and_exits_78(override: str, tmp_path: Path) -> None:
+    result = run_program(override, "tokenizer=bytes", f"run_dir={tmp_path}/run")
+    assert result.returncode == 78
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_every_yaml_composes(path: Path) -> None:
+    extra = ["data.path=x"] if path.parent.name == "data" else []
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = typed(compose("train", [f"{path.parent.name}={path.stem}", *extra]))
+    assert isinstance(cfg, Config)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("sweep/*.yaml")), ids=lambda p: p.stem)
+def test_every_sweep_composes_and_its_parameters_exist(path: Path) -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        raw = compose("train", [f"sweep={path.stem}"], return_hydra_config=True)
+        for key, values in raw.hydra.sweeper.params.items():
+            for value in str(values).split(","):
+                typed(compose("train", [f"{key}={value}"]))
+
+
+def test_the_registry_and_the_yaml_files_have_the_same_norms() -> None:
+    import gpt.norms  # noqa: F401
+    from gpt.norms.registry import NORMS
+
+    assert {p.stem for p in CONFIGS.glob("norm/*.yaml")} == set(NORMS)
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import runpy, sys; sys.argv = ['train.py', '--help']\n"
+    code += "try: runpy.run_path('scripts/train.py', run_name='__main__')\n"
+    code += "finally: assert 'torch' not in sys.modules, 'torch was imported'"
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "norm: batch, cuda_layer, dummy, layer, rms" in result.stdout
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30))
+@settings(deadline=None, max_examples=100)
+def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    override = OverridesParser.create().parse_override(cli.literal(f"prompt={text}", "prompt"))
+    assert OmegaConf.create({"prompt": override.value()}).prompt == text
+
+
+@pytest.mark.parametrize(
+    "text", ["def ", "f(x, y)", "it's", "a\\", "\\'", "${env}", "'q'", '"', "\n", "a=b", "\\${x}"]
+)
+def test_awkward_prompts_arrive_as_they_were_typed(text: str) -> None:
+    test_a_prompt_arrives_as_it_was_typed.hypothesis.inner_test(text)
+
+
+def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
+    cfg = make_config("data=pydoc", "norm=batch", "placement.head=rms", "optim.lr=0.1")
+    save_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == cfg
+
+
+def test_the_run_name_changes_with_the_configuration_only() -> None:
+    base = make_config("data=pydoc")
+    assert base.run_name() == make_config("data=pydoc", "run_dir=elsewhere").run_name()
+    assert base.run_name() == make_config("data=pydoc", "wandb.mode=offline").run_name()
+    assert base.run_name() != make_config("data=pydoc", "optim.lr=0.1").run_name()
+
+
+def test_no_config_names_a_callable() -> None:
+    assert not [p for p in CONFIGS.rglob("*.yaml") if "_target_" in p.read_text()]

@@ -1,0 +1,263 @@
+"""Corpora, token files and batches."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gpt.data
+from gpt.config import Config, DataConfig
+from gpt.corpus import CHUNK, Corpus, open_corpus
+from gpt.data import TrainBatches, ValBatches, open_tokens, prepare
+from gpt.errors import ConfigError, DataError, MissingInput
+from tests.conftest import make_config, program, run_program
+
+
+def split_of(corpus: Corpus) -> dict[str, str]:
+    texts = {"train": "", "val": ""}
+    for split, text in corpus.documents():
+        texts[split] += text
+    return texts
+
+
+def text_config(path: Path, *extra: str) -> Config:
+    return make_config("data=text", f"data.path='{path}'", *extra)
+
+
+def test_pydoc_validation_holds_no_paragraph_that_training_has() -> None:
+    """The topics quote one another; a plain split would ask for what was shown."""
+    texts = split_of(open_corpus(DataConfig("pydoc")))
+    paragraphs = {
+        split: {" ".join(p.split()) for p in text.split("\n\n") if p.strip()}
+        for split, text in texts.items()
+    }
+    assert not paragraphs["train"] & paragraphs["val"]
+    assert 300_000 < sum(map(len, texts.values())) < 600_000
+    assert 0.05 < len(texts["val"]) / len(texts["train"]) < 0.2
+
+
+def test_stdlib_is_the_sources_of_this_python() -> None:
+    texts = split_of(open_corpus(DataConfig("stdlib")))
+    assert "def " in texts["val"]
+    assert len(texts["train"]) > 5_000_000
+
+
+def test_text_is_split_at_nine_tenths_and_kept_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("é\r\n".encode() * 1000)
+    texts = split_of(open_corpus(DataConfig("text", str(path))))
+    assert (texts["train"] + texts["val"]).encode() == path.read_bytes()
+    assert len(texts["val"].encode()) == 400
+
+
+def test_a_large_text_is_read_in_chunks_and_cut_between_characters(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(("é" * 700 + "\n") * 2500 + "ü" * 50_001)
+    corpus = open_corpus(DataConfig("text", str(path)))
+    assert len(list(corpus.documents())) > path.stat().st_size // CHUNK
+    texts = split_of(corpus)
+    assert texts["train"] + texts["val"] == path.read_text()
+    assert abs(len(texts["val"].encode()) - path.stat().st_size / 10) < 3
+
+
+def test_a_folder_is_its_files_in_order_and_its_hidden_files_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.md").write_text("first")
+    (tmp_path / ".hidden").write_text("never")
+    texts = split_of(open_corpus(DataConfig("text", str(tmp_path))))
+    assert texts["train"] + texts["val"] == "firstsecond"
+
+
+@pytest.mark.parametrize("size", [0, 1, 32, 300])
+def test_too_little_text_is_refused_with_its_size(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("a" * size)
+    with pytest.raises(DataError, match=r"bytes, \d+ tokens; model.block_size=32 needs 33"):
+        prepare(text_config(path))
+
+
+def test_text_that_is_not_utf8_is_refused_with_file_and_byte(tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"abc\n" * 100 + b"caf\xe9 au lait\n")
+    with pytest.raises(DataError, match=r"latin.txt: not UTF-8 at byte 403"):
+        prepare(text_config(path))
+
+
+def test_a_missing_path_and_an_unknown_corpus_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match="no such file or folder"):
+        open_corpus(DataConfig("text", str(tmp_path / "none")))
+    with pytest.raises(MissingInput, match="holds no file"):
+        open_corpus(DataConfig("text", str(tmp_path)))
+    with pytest.raises(ConfigError, match="did you mean 'pydoc'"):
+        open_corpus(DataConfig("pydok"))
+
+
+def test_a_token_file_says_what_it_is(config: Callable[..., Config], corpus: Path) -> None:
+    data = prepare(config())
+    header = data.train.header
+    assert header.dtype == "<u2"
+    assert header.vocab_size == 256
+    assert header.tokenizer == "bytes"
+    assert header.corpus_sha256 == gpt.data.hashlib.sha256(corpus.read_bytes()).hexdigest()
+    assert len(header.fingerprint) == 64
+    assert (
+        bytes(data.train.ids.astype(np.uint8)) + bytes(data.val.ids.astype(np.uint8))
+        == corpus.read_bytes()
+    )
+    assert isinstance(data.train.ids, np.memmap)
+
+
+def test_ids_above_65535_take_four_bytes(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2 fits two bytes; a larger vocabulary must not wrap around."""
+    import tiktoken
+
+    wide = tiktoken.Encoding(
+        "wide",
+        pat_str=r"[\s\S]",
+        mergeable_ranks={bytes([b]): b + 70_000 for b in range(256)},
+        special_tokens={},
+    )
+    monkeypatch.setattr(gpt.data.tokenizers, "make_tokenizer", lambda *_: wide)
+    monkeypatch.setattr(gpt.data.tokenizers, "fingerprint", lambda _: "wide")
+    monkeypatch.setattr(
+        gpt.data.tokenizers, "save_tokenizer", lambda _, path: path.write_text('{"name": "gpt2"}')
+    )
+    monkeypatch.setattr(gpt.data.tokenizers, "load_tokenizer", lambda _: wide)
+    data = prepare(config("model.block_size=31", "tokenizer=gpt2"))
+    assert data.train.header.dtype == "<u4"
+    assert data.train.ids.min() >= 70_000
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not a token file"])
+def test_a_damaged_token_file_is_refused(tmp_path: Path, corpus: Path, damage: str) -> None:
+    text = tmp_path / "corpus.txt"
+    text.write_bytes(corpus.read_bytes())
+    path = prepare(text_config(text)).train.path
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] if damage == "truncated" else b"x" * len(content))
+    with pytest.raises(DataError, match="delete its folder"):
+        open_tokens(path)
+
+
+def test_preparation_happens_once_and_again_when_the_text_changes(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text\n" * 200)
+    first = prepare(text_config(path)).train.path
+    written = first.stat().st_mtime_ns
+    assert prepare(text_config(path)).train.path == first
+    assert first.stat().st_mtime_ns == written
+    path.write_text("other text\n" * 200)
+    assert prepare(text_config(path)).train.path != first
+
+
+def test_a_killed_preparation_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text\n" * 200)
+    folder = prepare(text_config(path)).train.path.parent
+    os.rename(folder, f"{folder}.tmp")  # as if killed just before the rename
+    (Path(f"{folder}.tmp") / "train.bin").write_bytes(b"half")
+    assert len(prepare(text_config(path)).train.ids) == 1800
+    assert not Path(f"{folder}.tmp").exists()
+
+
+def prepare_and_count(path: Path) -> int:
+    return len(prepare(text_config(path)).train.ids)
+
+
+def test_processes_that_prepare_at_once_all_see_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text\n" * 50_000)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        counts = pool.map(prepare_and_count, [path] * 4, chunksize=1)
+    assert counts == [450_000] * 4
+
+
+def test_batches_follow_from_seed_and_step_alone() -> None:
+    ids = np.arange(1000, dtype=np.uint16)
+    batches = TrainBatches(ids, batch_size=4, grad_accum=2, block_size=8, seed=1)
+    cpu = torch.device("cpu")
+    first = [x for x, _ in batches.at(7, cpu)]
+    list(batches.at(8, cpu))
+    again = [x for x, _ in batches.at(7, cpu)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    whole = TrainBatches(ids, batch_size=8, grad_accum=1, block_size=8, seed=1)
+    x, y = next(whole.at(7, cpu))
+    assert torch.equal(x, torch.cat(first))  # accumulation sees the same tokens
+    assert torch.equal(y, x + 1)
+    other = TrainBatches(ids, batch_size=8, grad_accum=1, block_size=8, seed=2)
+    assert not torch.equal(next(other.at(7, cpu))[0], x)
+
+
+def test_every_window_can_be_drawn_and_none_reaches_past_the_end() -> None:
+    batches = TrainBatches(np.arange(10), batch_size=500, grad_accum=1, block_size=8, seed=1)
+    x, _ = next(batches.at(1, torch.device("cpu")))
+    assert set(x[:, 0].tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_validation_windows_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    ids = np.arange(1001)
+    val = ValBatches(ids, batch_size=batch_size, block_size=10, max_tokens=200)
+    targets = torch.cat([y for _, y in val.on(torch.device("cpu"))])
+    assert targets.shape == (20, 10)
+    assert len(set(targets.flatten().tolist())) == 200  # no token is asked for twice
+    assert targets.max() == 1000  # spread to the end
+
+
+def jsonl(path: Path, n: int = 40) -> Path:
+    rows = ({"text": f"document {i}: " + "some words " * 20, "id": i} for i in range(n))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_hf_files_are_documents_mapped_and_streaming(
+    tmp_path: Path, kind: str, streaming: str
+) -> None:
+    path = jsonl(tmp_path / "docs.jsonl")
+    if kind == "parquet":
+        import pandas
+
+        pandas.read_json(path, lines=True).to_parquet(path.with_suffix(".parquet"))
+        path = path.with_suffix(".parquet")
+    data = prepare(make_config("data=hf", f"data.path={path}", f"data.streaming={streaming}"))
+    text = data.tokenizer.decode(data.val.ids.tolist())
+    assert [f"document {i}:" in text for i in range(40)] == [i % 10 == 9 for i in range(40)]
+    assert data.train.header.n_tokens == data.train.header.n_bytes + 2 * 36  # an empty line between
+
+
+def test_hf_takes_at_most_max_documents_and_names_the_columns(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "docs.jsonl")
+    few = prepare(make_config("data=hf", f"data.path={path}", "data.max_documents=10"))
+    assert "document 10" not in few.tokenizer.decode(few.train.ids.tolist())
+    with pytest.raises(ConfigError, match=r"data.column=txt: .* has text, id; did you mean 'text'"):
+        prepare(make_config("data=hf", f"data.path={path}", "data.column=txt"))
+
+
+def test_a_hub_name_without_network_fails_at_once_with_the_way_out(tmp_path: Path) -> None:
+    """Against an address of this machine that refuses: no test leaves it."""
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    code = "import time; from gpt.corpus import open_corpus; from gpt.config import DataConfig\n"
+    code += "start = time.perf_counter()\n"
+    code += "try: open_corpus(DataConfig('hf', 'someone/something'))\n"
+    code += "finally: print(time.perf_counter() - start)"
+    result = subprocess.run(
+        [program()[0], "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
+    assert "the hub cannot be reached; give local jsonl" in result.stderr
+    assert float(result.stdout) < 5  # not the 23 s of the library's retries
+    shown = run_program("data=hf", "data.path=someone/something", f"run_dir={tmp_path}/run", **env)
+    assert shown.returncode == 66
+    assert shown.stderr.count("\n") == 1

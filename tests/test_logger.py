@@ -1,0 +1,115 @@
+"""The run's files, and wandb as a mirror that may fail without consequence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt.config import Config
+from gpt.logger import RunLog, Wandb, read_jsonl, to_json, write_atomically
+from tests.conftest import curve, overrides, program, run_program
+
+
+def test_rows_after_the_checkpoint_are_dropped_on_resume(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
+    rows = [{"step": i, "loss": 0.1 * i} for i in range(6)]
+    text = "".join(json.dumps(r) + "\n" for r in rows)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 6, "lo')  # killed while writing
+    RunLog(tmp_path, config(), keep_until=3).close()
+    assert read_jsonl(tmp_path / "metrics.jsonl") == rows[:4]
+
+
+def test_json_is_strict_and_keeps_every_bit() -> None:
+    assert to_json({"a": float("nan"), "b": {"c": float("inf")}}) == '{"a": null, "b": {"c": null}}'
+    value = 0.1 + 0.2
+    assert json.loads(to_json({"x": value}))["x"] == value
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_atomically(path, "old")
+    with pytest.raises(TypeError):
+        write_atomically(path, 3)  # type: ignore[arg-type]
+    assert path.read_text() == "old"
+
+
+class Failing:
+    """A wandb run whose service has died."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        raise ConnectionResetError("the service is gone\nand a traceback")
+
+
+def test_a_failing_wandb_is_said_once_and_then_left_alone(
+    config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror = Wandb(tmp_path, config())
+    mirror.run = Failing()
+    mirror.log({"step": 1})
+    mirror.log({"step": 2})
+    mirror.finish()
+    assert capsys.readouterr().err == (
+        "warning: wandb failed, the run goes on without it: the service is gone\n"
+    )
+
+
+def wandb_run(corpus: Path, run_dir: Path, *extra: str, **env: str) -> subprocess.CompletedProcess:
+    args = overrides("data=text", f"data.path={corpus}", f"run_dir={run_dir}", *extra)
+    clean = {"WANDB_API_KEY": "", "HOME": str(run_dir.parent), "NETRC": str(run_dir / "none")}
+    return run_program(*args, **{**clean, **env})
+
+
+def test_without_a_login_wandb_is_offline_asks_nothing_and_changes_nothing(
+    corpus: Path, tmp_path: Path
+) -> None:
+    with_wandb = wandb_run(corpus, tmp_path / "a", "wandb.mode=auto", WANDB_API_KEY="")
+    assert with_wandb.returncode == 0, with_wandb.stderr
+    assert list((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb"))
+    wandb_run(corpus, tmp_path / "b", "wandb.mode=disabled")
+    assert curve(tmp_path / "a") == curve(tmp_path / "b")
+    assert not (tmp_path / "b" / "wandb").exists()
+
+
+def test_an_unreachable_wandb_warns_once_and_the_run_succeeds(corpus: Path, tmp_path: Path) -> None:
+    result = wandb_run(
+        corpus,
+        tmp_path / "a",
+        "wandb.mode=online",
+        WANDB_BASE_URL="http://127.0.0.1:9",
+        WANDB_API_KEY="0" * 40,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("warning: wandb failed") == 1
+    assert (tmp_path / "a" / "DONE").exists()
+
+
+def test_a_killed_wandb_service_does_not_stop_the_run(corpus: Path, tmp_path: Path) -> None:
+    args = overrides("data=text", f"data.path={corpus}", f"run_dir={tmp_path}/a", "train.steps=400",
+                     "train.eval_every=100", "wandb.mode=offline")  # fmt: skip
+    process = subprocess.Popen(
+        program(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not any(row["step"] >= 20 for row in read_jsonl(tmp_path / "a" / "metrics.jsonl")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    children = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout.splitlines()
+    services = [int(line.split()[0]) for line in children if "wandb-core" in line]
+    assert services
+    for pid in services:
+        os.kill(pid, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert stderr.count("warning: wandb failed") == 1
+    assert stderr.count("\n") == 1
+    assert read_jsonl(tmp_path / "a" / "metrics.jsonl")[-1]["step"] == 400

@@ -1,0 +1,222 @@
+"""GPT-2: its shape, its init, its causality, and the placement equation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpt.config import Config, ModelConfig
+from gpt.model import GPT, Block, Sublayer
+from gpt.norms.registry import norms_of
+from gpt.placement import build_model
+from tests.conftest import make_config
+
+VOCAB = 61
+NORMS = ["layer", "rms", "dummy", "batch"]
+PLACEMENTS = ["none", "pre", "post", "peri", "reordered"]
+
+
+def built(*extra: str) -> GPT:
+    return build_model(make_config("data=pydoc", *extra), VOCAB)
+
+
+def tokens(batch: int = 4, time: int = 16) -> Tensor:
+    return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_initial_loss_is_that_of_a_uniform_guess(norm: str, placement: str) -> None:
+    """ln V, give or take what a final norm's logits of variance 0.02²·C add."""
+    x = tokens(16, 32)
+    _, loss = built(f"norm={norm}", f"placement={placement}")(x, x.roll(-1, 1))
+    assert abs(loss.item() - math.log(VOCAB)) < 0.05
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_changed_token_never_changes_earlier_logits(norm: str, placement: str) -> None:
+    """Except in training with batch, where it must: its statistics run over time."""
+    model, x = built(f"norm={norm}", f"placement={placement}"), tokens()
+    other = x.clone()
+    other[0, 10] = (other[0, 10] + 1) % VOCAB
+    leaks = norm == "batch" and placement != "none"
+    for training in (False, True):
+        model.train(training)
+        a, b = model(x)[0], model(other)[0]
+        earlier_equal = torch.equal(a[0, :10], b[0, :10])
+        neighbours_equal = torch.equal(a[1:], b[1:])
+        assert not torch.equal(a[0, 10:], b[0, 10:])
+        assert earlier_equal is not (leaks and training)
+        assert neighbours_equal is not (leaks and training)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_one_batch_overfits(norm: str, placement: str) -> None:
+    model, x = built(f"norm={norm}", f"placement={placement}"), tokens()
+    y = torch.randint(VOCAB, x.shape, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    for step in range(300):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 50)
+        _, loss = model(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+class Scale(nn.Module):
+    """Stands for a norm where a test must see which slot it is in."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.5])
+def test_sublayer_is_the_placement_equation(alpha: float) -> None:
+    """y = after(α·x + out(f(in(x)))), each slot with a factor of its own."""
+    factors = {"h.0.mlp.in": 2.0, "h.0.mlp.out": 3.0, "h.0.mlp.after": 5.0}
+    f = nn.Linear(4, 4).double()
+    sublayer = Sublayer("h.0.mlp", f, lambda site: Scale(factors[site]), alpha)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(sublayer(x), 5 * (alpha * x + 3 * f(2 * x)), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("placement", "norm_first"), [("pre", True), ("post", False)])
+def test_a_block_equals_the_library_s_transformer_layer(placement: str, norm_first: bool) -> None:
+    cfg = make_config("data=pydoc", f"placement={placement}")
+    model = build_model(cfg, VOCAB).double()
+    C, nh = cfg.model.n_embd, cfg.model.n_head
+    theirs = nn.TransformerEncoderLayer(
+        C,
+        nh,
+        4 * C,
+        dropout=0.0,
+        activation=nn.GELU(approximate="tanh"),
+        batch_first=True,
+        norm_first=norm_first,
+        dtype=torch.float64,
+    )
+    block = model.h[0]
+    torch.manual_seed(0)
+    for p in block.parameters():
+        p.data.normal_(0, 0.3)
+    slot = "in" if norm_first else "after"
+    attn, mlp = block.attn["f"], block.mlp["f"]
+    for ours, parameter in (
+        (attn.c_attn.weight, theirs.self_attn.in_proj_weight),
+        (attn.c_attn.bias, theirs.self_attn.in_proj_bias),
+        (attn.c_proj.weight, theirs.self_attn.out_proj.weight),
+        (attn.c_proj.bias, theirs.self_attn.out_proj.bias),
+        (mlp.c_fc.weight, theirs.linear1.weight),
+        (mlp.c_fc.bias, theirs.linear1.bias),
+        (mlp.c_proj.weight, theirs.linear2.weight),
+        (mlp.c_proj.bias, theirs.linear2.bias),
+        (block.attn[slot].weight, theirs.norm1.weight),
+        (block.attn[slot].bias, theirs.norm1.bias),
+        (block.mlp[slot].weight, theirs.norm2.weight),
+        (block.mlp[slot].bias, theirs.norm2.bias),
+    ):
+        parameter.data.copy_(ours.data)
+    x = torch.randn(2, 9, C, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
+    torch.testing.assert_close(block(x), theirs(x, src_mask=mask), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("placement", "sites"),
+    [
+        ("none", []),
+        ("pre", ["h.0.attn.in", "h.0.mlp.in", "h.1.attn.in", "h.1.mlp.in", "head"]),
+        ("post", ["h.0.attn.after", "h.0.mlp.after", "h.1.attn.after", "h.1.mlp.after"]),
+        ("reordered", ["h.0.attn.out", "h.0.mlp.out", "h.1.attn.out", "h.1.mlp.out", "head"]),
+    ],
+)
+def test_norms_stand_where_the_placement_says(placement: str, sites: list[str]) -> None:
+    model = built(f"placement={placement}")
+    norms = norms_of(model)
+    assert [name for name, module in model.named_modules() if module in norms] == sites
+
+
+def test_a_slot_may_name_another_norm() -> None:
+    model = built("norm=layer", "placement.attn.out=rms", "placement.head=batch")
+    assert type(model.h[1].attn["out"]).__name__ == "RMSNorm"
+    assert type(model.head).__name__ == "BatchNorm"
+    assert type(model.h[1].attn["in"]).__name__ == "LayerNorm"
+
+
+@pytest.mark.parametrize("other", ["norm=batch", "norm=dummy", "placement=peri", "placement=none"])
+def test_models_that_differ_in_norms_share_all_other_weights(other: str) -> None:
+    a, b = built().state_dict(), built(other).state_dict()
+    shared = [k for k in a if k in b and ("c_" in k or k.startswith("w"))]
+    assert len(shared) == 2 + 2 * 8
+    assert all(torch.equal(a[k], b[k]) for k in shared)
+
+
+def test_init_is_gpt2_s(config: Callable[..., Config]) -> None:
+    model = built("model.n_layer=8", "model.n_embd=128")
+    residual = model.h[3].mlp["f"].c_proj.weight.std().item()
+    assert residual == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
+    assert model.h[3].mlp["f"].c_fc.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.h[3].mlp["f"].c_fc.bias.abs().max() == 0
+    assert built("seed=2").wte.weight.ne(built("seed=1").wte.weight).all()
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("gpt2", 124.44), ("gpt2_medium", 354.82), ("gpt2_large", 774.03), ("gpt2_xl", 1557.61)],
+)
+def test_presets_have_the_published_sizes(preset: str, millions: float) -> None:
+    """Counted, since building 1.5B parameters takes memory: GPT-2's own published counts."""
+    m: ModelConfig = make_preset(preset)
+    C, L = m.n_embd, m.n_layer
+    block = sum(p.numel() for p in Block(tiny(m), "h.0", norm_of(m), 1.0).parameters())
+    total = 50257 * C + m.block_size * C + L * block + 2 * C
+    assert total / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def make_preset(name: str) -> ModelConfig:
+    from hydra import compose, initialize_config_dir
+
+    from gpt.config import typed
+    from tests.conftest import REPO
+
+    with initialize_config_dir(str(REPO / "configs"), version_base="1.3"):
+        return typed(compose("train", [f"model={name}"])).model
+
+
+def tiny(m: ModelConfig) -> ModelConfig:
+    return ModelConfig(1, m.n_head, m.n_embd, 8, 0.0)
+
+
+def norm_of(m: ModelConfig) -> Callable[[str], nn.Module]:
+    return lambda site: nn.LayerNorm(m.n_embd) if site.endswith(".in") else nn.Identity()
+
+
+def test_compiles_whole() -> None:
+    model, x = built("norm=batch", "placement=peri"), tokens()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, x)[1], model(x, x)[1])
+
+
+def test_accumulated_micro_batches_give_one_batch_s_gradient() -> None:
+    model, x = built().double(), tokens()
+    y = x.roll(-1, 1)
+    model(x, y)[1].backward()
+    whole = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    for i in range(4):
+        (model(x[i : i + 1], y[i : i + 1])[1] / 4).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, whole[name], rtol=1e-9, atol=1e-14)

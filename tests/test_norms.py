@@ -1,0 +1,250 @@
+"""The norms against the library, against float64 formulas and by hand; their claims by probing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import gpt.norms  # noqa: F401
+from gpt.errors import ConfigError, MissingInput
+from gpt.norms.batch import BatchNorm, batch_statistics
+from gpt.norms.dummy import DummyLayerNorm
+from gpt.norms.layer import LayerNorm, layer_norm
+from gpt.norms.registry import NORMS, build_norm, register
+from gpt.norms.rms import RMSNorm
+
+ROWS_ABC = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]])  # (B=1, T=3, C=3)
+BUILDABLE = [name for name in NORMS if name != "cuda_layer"]
+Z = math.sqrt(1.5)  # (3 − 2)/√(2/3), and (9 − 6·1)/√6
+
+
+def randomised(norm: nn.Module) -> nn.Module:
+    """γ and β away from 1 and 0, so that a test can see them."""
+    torch.manual_seed(1)
+    for parameter in norm.parameters():
+        parameter.data.normal_()
+    return norm
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_layer_norm_normalises_rows_of_the_3x3_example(fast: bool) -> None:
+    y = LayerNorm(3, eps=0.0, fast=fast)(ROWS_ABC)
+    expected = torch.tensor([[-Z, 0.0, Z]] * 3)
+    torch.testing.assert_close(y[0], expected)
+
+
+def test_batch_norm_normalises_columns_of_the_3x3_example() -> None:
+    norm = BatchNorm(3, eps=1e-12, momentum=1.0)
+    y = norm(ROWS_ABC)
+    torch.testing.assert_close(y[0], torch.tensor([[-Z] * 3, [0.0] * 3, [Z] * 3]))
+    torch.testing.assert_close(norm.running_mean, torch.tensor([4.0, 5.0, 6.0]))
+    torch.testing.assert_close(norm.running_var, torch.tensor([9.0, 9.0, 9.0]))  # unbiased: 18/2
+
+
+def test_rms_norm_divides_rows_of_the_3x3_example_by_their_root_mean_square() -> None:
+    y = RMSNorm(3, eps=0.0)(ROWS_ABC)
+    torch.testing.assert_close(y[0, 0], torch.tensor([1.0, 2.0, 3.0]) / math.sqrt(14 / 3))
+
+
+@given(
+    width=st.sampled_from([1, 2, 3, 7, 8, 33, 768]),
+    offset=st.sampled_from([0.0, 1.0, -30.0, 1e3, 1e4]),
+    scale=st.sampled_from([1e-2, 1.0, 1e2]),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=150)
+def test_layer_norm_formula_equals_float64_reference(
+    width: int, offset: float, scale: float, seed: int
+) -> None:
+    """Two passes survive data whose mean is far larger than its spread; one pass does not."""
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(4, width, generator=generator) * scale + offset).float()
+    norm = randomised(LayerNorm(width, fast=False))
+    x64, w64, b64 = x.double(), norm.weight.double(), norm.bias.double()
+    expected = F.layer_norm(x64, (width,), w64, b64, 1e-5)
+    # What rounding x's mean to fp32 costs: |mean| · 2⁻²³ / σ for each, a few times over.
+    sigma = x64.var(-1, unbiased=False).add(1e-5).sqrt()
+    slack = 4 * (x64.abs().amax(-1) * 2**-23 / sigma).amax().item() * w64.abs().max().item()
+    torch.testing.assert_close(norm(x).double(), expected, rtol=2e-5, atol=2e-5 + slack)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 33, 768])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_equals_the_library_in_value_and_gradient(width: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(width, dtype=torch.float64, requires_grad=True)
+    beta = torch.randn(width, dtype=torch.float64, requires_grad=True) if bias else None
+    inputs = [t for t in (x, weight, beta) if t is not None]
+    ours = layer_norm(x, weight, beta, 1e-5)
+    theirs = F.layer_norm(x, (width,), weight, beta, 1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-14)
+    dy = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, dy), torch.autograd.grad(theirs, inputs, dy), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_unbiased_variance_does_not_reproduce_layer_norm() -> None:
+    """The classic mismatch: `torch.var` divides by C − 1. At C = 8 it is off by √(8/7)."""
+    x = torch.randn(3, 8, dtype=torch.float64)
+    classic = (x - x.mean(-1, keepdim=True)) / x.var(-1, keepdim=True).add(1e-5).sqrt()
+    ratio = layer_norm(x, torch.ones(8).double(), None, 1e-5) / classic
+    torch.testing.assert_close(ratio, torch.full_like(x, math.sqrt(8 / 7)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_equals_the_library(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 33)
+    norm = randomised(RMSNorm(33))
+    expected = F.rms_norm(x.to(dtype).double(), (33,), norm.weight.double(), 1e-5)
+    y = norm(x.to(dtype))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected.to(dtype).double(), rtol=1e-2, atol=1e-2)
+    if dtype == torch.float32:
+        torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_batch_norm_equals_the_library_over_several_steps() -> None:
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm(7), nn.BatchNorm1d(7)
+    for _ in range(3):
+        x = torch.randn(4, 5, 7) * 3 + 1
+        torch.testing.assert_close(ours(x), theirs(x.flatten(0, 1)).view_as(x))
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(x), theirs(x.flatten(0, 1)).view_as(x))
+
+
+def test_batch_norm_is_biased_forward_and_unbiased_in_its_running_variance() -> None:
+    x = torch.tensor([0.0, 2.0]).view(1, 2, 1)  # biased variance 1, unbiased 2
+    norm = BatchNorm(1, eps=1e-12, momentum=0.1)
+    torch.testing.assert_close(norm(x).flatten(), torch.tensor([-1.0, 1.0]))
+    torch.testing.assert_close(norm.running_var, torch.tensor([0.9 * 1 + 0.1 * 2]))
+    torch.testing.assert_close(norm.running_mean, torch.tensor([0.1]))
+
+
+def test_batch_norm_of_one_value_refuses_training_and_forgets_its_input_with_batch_stats() -> None:
+    norm = randomised(BatchNorm(5))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        norm(torch.randn(1, 1, 5))
+    norm.eval()
+    before = norm.running_mean.clone()
+    with batch_statistics(norm):
+        y = norm(torch.randn(1, 1, 5))
+    torch.testing.assert_close(y.flatten(), norm.bias)  # β, whatever the token was
+    torch.testing.assert_close(norm.running_mean, before)
+    assert not norm.batch_stats
+
+
+def test_batch_statistics_in_evaluation_are_those_of_training() -> None:
+    norm, x = randomised(BatchNorm(5)), torch.randn(3, 4, 5)
+    trained = norm(x)
+    with batch_statistics(norm.eval()):
+        torch.testing.assert_close(norm(x), trained)
+
+
+def test_dummy_is_the_identity_and_has_no_parameters() -> None:
+    norm, x = DummyLayerNorm(4, eps=1e-3), torch.randn(2, 3, 4)
+    assert norm(x) is x
+    assert list(norm.parameters()) == []
+
+
+@pytest.mark.parametrize("name", BUILDABLE)
+def test_gamma_and_beta_gradients_are_shared_sums(name: str) -> None:
+    """dγ = Σ dy·x̂ and dβ = Σ dy over all tokens: one γ and β serve them all."""
+    norm = build_norm(name, 6).double()
+    if not list(norm.parameters()):
+        return
+    x, dy = torch.randn(2, 2, 3, 6, dtype=torch.float64)
+    x_hat = norm(x).detach()  # γ = 1, β = 0
+    norm(x).backward(dy)
+    torch.testing.assert_close(norm.weight.grad, (dy * x_hat).sum((0, 1)))
+    if getattr(norm, "bias", None) is not None:
+        torch.testing.assert_close(norm.bias.grad, dy.sum((0, 1)))
+
+
+@pytest.mark.parametrize("name", BUILDABLE)
+def test_gradients_are_right_in_float64(name: str) -> None:
+    norm = randomised(build_norm(name, 5)).double()
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, x)
+
+
+def changed(norm: nn.Module, x: Tensor, at: tuple[int, int], seen: tuple[int, int]) -> bool:
+    """Whether the output at token `seen` changes when the input at token `at` does."""
+    other = x.clone()
+    other[at] += torch.randn(x.shape[-1])
+    return not torch.equal(norm(x)[seen], norm(other)[seen])
+
+
+@pytest.mark.parametrize("name", BUILDABLE)
+def test_claims_about_the_future_and_the_neighbours_are_true(name: str) -> None:
+    norm, x = randomised(build_norm(name, 8)), torch.randn(3, 6, 8)
+    norm.train()
+    assert changed(norm, x, at=(1, 5), seen=(1, 2)) is not norm.causal_in_training
+    assert changed(norm, x, at=(0, 1), seen=(1, 2)) is not norm.batch_independent
+    norm.eval()
+    assert not changed(norm, x, at=(1, 5), seen=(1, 2))
+    assert not changed(norm, x, at=(0, 1), seen=(1, 2))
+
+
+@pytest.mark.parametrize("name", BUILDABLE)
+def test_no_parameter_of_a_norm_would_be_decayed(name: str) -> None:
+    assert all(p.dim() < 2 for p in build_norm(name, 8).parameters())
+
+
+@pytest.mark.parametrize("name", BUILDABLE)
+def test_a_norm_compiles_without_a_graph_break(name: str) -> None:
+    norm, x = randomised(build_norm(name, 8)), torch.randn(3, 6, 8)
+    expected = norm.eval()(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(norm, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_a_constant_row_gives_beta() -> None:
+    norm = randomised(LayerNorm(7))
+    torch.testing.assert_close(norm(torch.full((1, 1, 7), 3.0)).flatten(), norm.bias)
+
+
+def test_cuda_layer_never_falls_back_silently() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(MissingInput, match="needs a CUDA device; use norm=layer"):
+        build_norm("cuda_layer", 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("layr", {}, "did you mean 'layer'"),
+        ("layer", {"epz": 1}, "did you mean 'eps'"),
+        ("layer", {"eps": "small"}, "expected float"),
+        ("layer", {"eps": float("inf")}, "expected float"),
+        ("layer", {"eps": -1.0}, "expected a number >= 0"),
+        ("layer", {"bias": 1}, "expected bool"),
+        ("batch", {"momentum": 2.0}, r"expected a number in \[0, 1\]"),
+    ],
+)
+def test_a_wrong_norm_is_refused_in_one_line(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        build_norm(name, 8, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_norm_registers_once_and_says_what_it_is() -> None:
+    with pytest.raises(ValueError, match="registered twice"):
+        register("layer")(LayerNorm)
+    with pytest.raises(ValueError, match="does not declare axes"):
+        register("unheard_of")(nn.Identity)
+    assert "unheard_of" not in NORMS

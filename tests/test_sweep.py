@@ -1,0 +1,81 @@
+"""Sweeps: every cell in a directory of its own, a table at the end, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gpt.errors import MissingInput
+from gpt.results import load_summaries, print_table
+from tests.conftest import TINY, run_program
+
+
+def cells(folder: Path) -> list[dict]:
+    return [json.loads(p.read_text()) for p in sorted(folder.rglob("summary.json"))]
+
+
+def sweep(corpus: Path, *args: str, cwd: Path):  # type: ignore[no-untyped-def]
+    fixed = {**TINY, "data": "text", "data.path": str(corpus), "train.steps": 2}
+    fixed = {k: v for k, v in fixed.items() if k not in {a.split("=")[0] for a in args}}
+    return run_program("-m", *args, *(f"{k}={v}" for k, v in fixed.items()), cwd=cwd)
+
+
+def test_a_sweep_makes_one_run_a_cell_and_ends_with_a_table(corpus: Path, tmp_path: Path) -> None:
+    args = ("norm=layer,batch", "placement=pre,post", "train.batch_size=2,4")
+    result = sweep(corpus, *args, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    summaries = cells(tmp_path / "runs")
+    assert len({(s["norm"], s["placement"], s["batch_size"]) for s in summaries}) == 8
+    assert len({p.parent for p in (tmp_path / "runs").rglob("summary.json")}) == 8
+    shown = result.stdout[result.stdout.index("best validation loss first") :]
+    losses = [s["val_loss"] for s in sorted(summaries, key=lambda s: s["val_loss"])]
+    positions = [shown.index(f"{loss:.4f}") for loss in losses]
+    assert positions == sorted(positions)
+    assert shown.count("leaky") == 4
+    assert not (tmp_path / "outputs").exists()
+    assert not (tmp_path / "multirun").exists()
+
+    again = sweep(corpus, *args, cwd=tmp_path)
+    assert again.stdout.count("is finished already") == 8
+    assert len(cells(tmp_path / "runs")) == 8
+
+
+def test_the_ready_sweep_is_norm_by_placement_by_batch_size(corpus: Path, tmp_path: Path) -> None:
+    result = sweep(corpus, "sweep=norms", "train.batch_size=2", "placement=pre", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {s["norm"] for s in cells(tmp_path / "runs")} == {"layer", "rms", "dummy", "batch"}
+
+
+def test_a_failed_cell_is_named_and_the_others_go_on(corpus: Path, tmp_path: Path) -> None:
+    result = sweep(corpus, "norm=cuda_layer,rms,layer", cwd=tmp_path)
+    assert result.returncode == 66
+    assert "error: norm 'cuda_layer' needs a CUDA device" in result.stderr
+    assert {s["norm"] for s in cells(tmp_path / "runs")} == {"rms", "layer"}
+    assert "best validation loss first" in result.stdout
+
+
+def test_a_diverged_run_is_listed_last_and_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {
+        "val_bpb": 2.0, "train_loss": 2.0, "placement": "pre", "batch_size": 4, "seed": 1,
+        "leaky": False, "tokens_per_s": 1.0,
+    }  # fmt: skip
+    for name, extra in {
+        "good": {"val_loss": 3.0},
+        "bad": {"val_loss": 1.0, "diverged_at": 7},
+    }.items():
+        (tmp_path / name).mkdir()
+        row = base | {"norm": name} | extra
+        (tmp_path / name / "summary.json").write_text(json.dumps(row))
+    summaries = load_summaries(tmp_path)
+    assert [s["norm"] for s in summaries] == ["good", "bad"]
+    print_table(summaries)
+    assert "diverged" in capsys.readouterr().out
+
+
+def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match="no finished run below it"):
+        load_summaries(tmp_path)

@@ -1,0 +1,237 @@
+"""Whole runs: golden curves, what the summary holds, divergence, the edges."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.config import Config
+from gpt.errors import ConfigError, Diverged
+from gpt.norms.registry import NORMS
+from gpt.trainer import train
+from tests.conftest import REPO, curve, read_rows, run_program
+
+GOLDEN = REPO / "tests" / "golden"
+BUILDABLE = [name for name in NORMS if name != "cuda_layer"]
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+@pytest.mark.parametrize("norm", BUILDABLE)
+def test_the_loss_curve_is_the_golden_one(
+    norm: str, placement: str, config: Callable[..., Config], tmp_path: Path,
+    pytestconfig: pytest.Config,
+) -> None:  # fmt: skip
+    """Every norm's first 20 steps, to what another CPU's rounding may change.
+
+    After a change that is meant to change them: pytest tests/test_train.py --update-golden
+    """
+    train(config(f"norm={norm}", f"placement={placement}", "train.steps=20", "train.eval_every=10"))
+    rows = read_rows(tmp_path / "run")
+    losses = {
+        "train": [row["loss"] for row in rows if "loss" in row],
+        "val": [row["val_loss"] for row in rows if "val_loss" in row],
+    }
+    path = GOLDEN / f"{norm}-{placement}.json"
+    if pytestconfig.getoption("--update-golden"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(losses, indent=1) + "\n")
+    golden = json.loads(path.read_text())
+    assert losses["train"] == pytest.approx(golden["train"], rel=1e-4)
+    assert losses["val"] == pytest.approx(golden["val"], rel=1e-4)
+    assert losses["train"][-1] < losses["train"][0]
+
+
+def test_runs_that_differ_in_the_norm_see_the_same_batches_and_start_alike(
+    config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpt.data import TrainBatches
+
+    seen: dict[str, list[int]] = {}
+    original = TrainBatches.at
+    for norm in ("layer", "dummy", "batch"):
+        sums = seen.setdefault(norm, [])
+
+        def spy(self, step, device, sums=sums):  # type: ignore[no-untyped-def]
+            for x, y in original(self, step, device):
+                sums.append(int(x.sum()))
+                yield x, y
+
+        monkeypatch.setattr(TrainBatches, "at", spy)
+        train(config(f"norm={norm}", "model.dropout=0.1", f"run_dir={tmp_path}/{norm}"))
+    assert seen["layer"] == seen["dummy"] == seen["batch"]
+    assert len(set(seen["layer"])) == 6
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_the_summary_holds_what_a_comparison_needs(
+    norm: str, config: Callable[..., Config], tmp_path: Path
+) -> None:
+    summary = train(config(f"norm={norm}"))
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {
+        "val_loss", "val_bpb", "train_loss", "norm", "placement", "batch_size", "params",
+        "tokens_per_s", "leaky", "seed", "corpus_sha256",
+    } <= set(summary)  # fmt: skip
+    assert summary["leaky"] is (norm == "batch")
+    assert ("val_loss_batch_stats" in summary) is (norm == "batch")
+    rows = read_rows(tmp_path / "run")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert summary["train_loss"] == pytest.approx(sum(losses) / 6)
+    assert summary["val_loss"] == [r["val_loss"] for r in rows if "val_loss" in r][-1]
+    assert summary["tokens"] == 6 * 4 * 32
+
+
+def test_bits_per_byte_of_bytes_are_nats_over_ln2(config: Callable[..., Config]) -> None:
+    summary = train(config())
+    assert summary["val_bpb"] == pytest.approx(summary["val_loss"] / math.log(2), rel=1e-6)
+
+
+def test_bits_per_byte_of_bpe_count_the_bytes_of_the_tokens(config: Callable[..., Config]) -> None:
+    summary = train(config("tokenizer=bpe"))
+    assert summary["val_bpb"] < summary["val_loss"] / math.log(2) / 1.5
+
+
+def test_the_logged_loss_is_the_mean_over_micro_batches(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
+    whole = config("train.batch_size=8", f"run_dir={tmp_path}/whole")
+    parts = config("train.batch_size=2", "train.grad_accum=4", f"run_dir={tmp_path}/parts")
+    train(whole), train(parts)
+    for a, b in zip(read_rows(tmp_path / "whole"), read_rows(tmp_path / "parts"), strict=True):
+        for key in a.keys() & {"loss", "grad_norm", "val_loss"}:
+            assert a[key] == pytest.approx(b[key], rel=2e-4)
+
+
+def test_a_model_that_is_compiled_trains_like_one_that_is_not(
+    config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_model = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda m: compile_model(m, backend="aot_eager", fullgraph=True)
+    )
+    train(config(f"run_dir={tmp_path}/eager"))
+    train(config("compile=true", f"run_dir={tmp_path}/compiled"))
+    a, b = (
+        [row["loss"] for row in read_rows(tmp_path / name) if "loss" in row]
+        for name in ("eager", "compiled")
+    )
+    assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_bfloat16_trains_close_to_float32(config: Callable[..., Config], tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        train(config(f"dtype={dtype}", "norm=rms", f"run_dir={tmp_path}/{dtype}"))
+    a, b = (
+        [row["loss"] for row in read_rows(tmp_path / name) if "loss" in row]
+        for name in ("float32", "bfloat16")
+    )
+    assert a != b
+    assert a == pytest.approx(b, rel=0.01)
+
+
+def test_a_run_that_diverges_stops_before_the_update_and_names_step_and_site(
+    config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpt import trainer
+    from gpt.checkpoint import checkpoints, load_model
+    from gpt.norms.layer import LayerNorm
+
+    calls = {"train": 0}
+    forward = LayerNorm.forward
+
+    def poisoned(self: LayerNorm, x: torch.Tensor) -> torch.Tensor:
+        y = forward(self, x)
+        if self.training and x.requires_grad:
+            calls["train"] += 1
+        if self.training and calls["train"] > 5 * 4 and hasattr(self, "bad"):
+            y = y * float("nan")
+        return y
+
+    monkeypatch.setattr(LayerNorm, "forward", poisoned)
+    build = trainer.build_model
+
+    def build_poisoned(cfg: Config, vocab_size: int) -> torch.nn.Module:
+        model = build(cfg, vocab_size)
+        model.h[1].attn["in"].bad = True
+        return model
+
+    monkeypatch.setattr(trainer, "build_model", build_poisoned)
+    with pytest.raises(Diverged, match=r"diverged at step 5: loss nan.* h.1.attn.in \(after\)"):
+        train(config())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["diverged_at"] == 5
+    assert not (tmp_path / "run" / "DONE").exists()
+    assert checkpoints(tmp_path / "run")[0].name == "step_4"
+    assert torch.isfinite(load_model(tmp_path / "run").wte.weight).all()
+    assert read_rows(tmp_path / "run")[-1]["loss"] is None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_not_finite_changes_no_weight(
+    fused: bool, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpt import trainer
+    from gpt.run_dir import locked
+    from gpt.screen import Screen
+
+    cfg = config()
+    with locked(Path(cfg.run_dir or "")):
+        run, state = trainer.set_up(cfg, Path(cfg.run_dir or ""), Screen(1))
+    state.optimizer.defaults["fused"] = fused
+    if not fused:
+        for group in state.optimizer.param_groups:
+            group["fused"] = False
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    batches = trainer.TrainBatches(run.data.train.ids, 4, 1, 32, 0)
+
+    def infinite(x: torch.Tensor, y: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, run.model(x, y)[1] * float("inf")
+
+    trainer.update(run, state, infinite, batches, 3, counting=False)  # type: ignore[arg-type]
+    assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
+    trainer.update(run, state, run.model, batches, 3, counting=False)
+    assert not torch.equal(run.model.wte.weight, before["wte.weight"])
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+def test_an_exploding_learning_rate_exits_17_in_one_line(corpus: Path, tmp_path: Path) -> None:
+    result = run_program(
+        "data=text", f"data.path={corpus}", "tokenizer=bytes", f"run_dir={tmp_path}/run",
+        "norm=dummy", "optim.lr=1e20", "optim.warmup_steps=0", "optim.grad_clip=0",
+        "model.n_embd=32", "train.steps=50", "wandb.mode=disabled",
+    )  # fmt: skip
+    assert result.returncode == 17
+    assert "error: diverged at step" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_batch_norm_trains_on_one_sample_and_says_so(
+    config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config("norm=batch", "train.batch_size=1"))
+    out = capsys.readouterr().out
+    assert "leaky" in out
+    assert "the statistics are those of one sample" in out
+    with pytest.raises(ConfigError, match="one value a feature"):
+        train(config("norm=batch", "train.batch_size=1", "model.block_size=1", "run_dir=null"))
+
+
+def test_the_validation_loss_does_not_depend_on_dropout_or_statistics_of_the_batch(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Evaluation is in evaluation mode, on the same windows: at step 0 only the model counts."""
+    at_start = set()
+    for i, extra in enumerate(["train.batch_size=1", "train.batch_size=7", "model.dropout=0.5"]):
+        train(config(extra, f"run_dir={tmp_path}/{i}", "train.steps=1"))
+        at_start.add(round(read_rows(tmp_path / str(i))[0]["val_loss"], 5))
+    assert len(at_start) == 1
+
+
+def test_metrics_are_flushed_row_by_row(config: Callable[..., Config], tmp_path: Path) -> None:
+    train(config())
+    assert [dict(row)["step"] for row in curve(tmp_path / "run")] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
