@@ -1,0 +1,129 @@
+"""The house: imports point downward, nothing heavy at the door, every README command runs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+# Each line may import from the lines below it only, and not from its own.
+LAYERS = [
+    ["trainer"],
+    ["generate", "results"],
+    ["checkpoint", "run_dir", "screen"],
+    ["placement"],
+    ["model", "norms.__init__"],
+    ["norms.batch", "norms.cuda_layer", "norms.dummy", "norms.layer", "norms.rms", "data", "optim",
+     "stats", "logger", "device"],
+    ["norms.registry", "tokenizer", "corpus", "cli"],
+    ["config"],
+    ["errors", "seeds"],
+    ["__init__"],
+]  # fmt: skip
+LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+
+def modules() -> dict[str, Path]:
+    root = REPO / "gpt"
+    return {".".join(p.relative_to(root).with_suffix("").parts): p for p in root.rglob("*.py")}
+
+
+def imported(path: Path) -> set[str]:
+    """The gpt modules that a file imports, anywhere in it."""
+    names: set[str] = set()
+    known = modules()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gpt":
+            base = (node.module or "").removeprefix("gpt").strip(".")
+            for alias in node.names:
+                for candidate in (f"{base}.{alias.name}".strip("."), base):
+                    if candidate in known:
+                        names.add(candidate)
+                        break
+                    if f"{candidate}.__init__" in known:
+                        names.add(f"{candidate}.__init__")
+                        break
+        elif isinstance(node, ast.Import):
+            names |= {a.name.removeprefix("gpt.") for a in node.names if a.name.startswith("gpt.")}
+    return names
+
+
+def test_every_module_has_a_level() -> None:
+    assert set(modules()) == set(LEVEL)
+
+
+@pytest.mark.parametrize("name", sorted(LEVEL))
+def test_imports_point_downward(name: str) -> None:
+    upward = {i for i in imported(modules()[name]) if LEVEL[i] <= LEVEL[name]}
+    assert not upward, f"gpt.{name} imports {upward}"
+
+
+def test_the_model_never_sees_a_norm() -> None:
+    assert not {i for i in imported(modules()["model"]) if i.startswith("norms")}
+
+
+def test_importing_gpt_does_not_import_torch() -> None:
+    code = "import gpt.cli, gpt.config, sys\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_training_on_the_default_imports_neither_datasets_nor_wandb_without_need() -> None:
+    code = (
+        "import gpt.trainer, sys; assert not {'wandb', 'datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def readme_commands() -> list[str]:
+    """Every line of the README's shell blocks that runs a script of ours."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line[line.index("python scripts/") :] for line in lines if "python scripts/" in line]
+
+
+TINY = ["model.n_layer=1", "model.n_head=1", "model.n_embd=16", "model.block_size=16",
+        "train.steps=2", "train.batch_size=2", "train.eval_tokens=64",
+        "wandb.mode=disabled", "device=cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def visitor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the README's reader has it: a text of their own, a first run, a sweep's runs."""
+    folder = tmp_path_factory.mktemp("visitor")
+    (folder / "my.txt").write_text("To norm or not to norm, that is the question.\n" * 60)
+    rows = '{"text": "a document about norms, long enough to train on"}\n' * 40
+    (folder / "docs.jsonl").write_text(rows)
+    shutil.copytree(REPO / "scripts", folder / "scripts")
+    run(folder, ["python", "scripts/train.py", "run_dir=runs/first"])
+    run(folder, ["python", "scripts/train.py", "-m", "sweep=norms", "norm=layer,rms"])
+    return folder
+
+
+def run(folder: Path, args: list[str]) -> subprocess.CompletedProcess[str]:
+    if args[1] in ("scripts/train.py", "scripts/prepare.py"):
+        given = {a.split("=")[0] for a in args}
+        args = args + [a for a in TINY if a.split("=")[0] not in given]
+        args = [a if not a.startswith("train.steps=") else "train.steps=2" for a in args]
+    return subprocess.run(
+        [sys.executable, *args[1:]],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_readme_command_runs_at_two_steps(command: str, visitor: Path) -> None:
+    result = run(visitor, shlex.split(command))
+    assert result.returncode == 0, result.stderr
