@@ -6,6 +6,7 @@ tells a bit that flipped later. Nothing is pickled.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -30,14 +31,15 @@ from gpt.tokenizer import load_tokenizer
 class TrainState:
     """All that changes while training; the batches follow from `step`.
 
-    data_id  of the tokens trained on: a run is not resumed on others
+    setting  what must be the same when resuming, though no override names it: the tokens, the
+             device and the precision that `auto` stood for
     """
 
     step: int
     train_seconds: float
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    data_id: str
+    setting: dict[str, str]
 
 
 def save(run_dir: Path, state: TrainState, keep: int) -> None:
@@ -48,18 +50,18 @@ def save(run_dir: Path, state: TrainState, keep: int) -> None:
     tensors = {
         "model": state.model.state_dict(),
         "optimizer": optimizer_tensors(state.model, state.optimizer),
-        "rng": rng_tensors(),
+        "rng": rng_tensors(device_of(state.model)),
     }
     for name, group in tensors.items():
         path = temporary / f"{name}.safetensors"
         try:
             save_file({k: v.contiguous() for k, v in group.items()}, path)
         except SafetensorError as error:
-            raise OSError(0, str(error), str(path)) from error
+            raise OSError(errno.EIO, str(error), str(path)) from error
     progress = {
         "step": state.step,
         "train_seconds": state.train_seconds,
-        "data_id": state.data_id,
+        "setting": state.setting,
     }
     (temporary / "state.json").write_text(json.dumps(progress) + "\n")
     manifest = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
@@ -88,15 +90,17 @@ def restore(run_dir: Path, state: TrainState) -> bool:
             raise DataError(f"{run_dir}/checkpoints: no checkpoint is intact; use another run_dir")
         return False
     progress = json.loads((folder / "state.json").read_text())
-    if progress["data_id"] != state.data_id:
-        raise DataError(
-            f"{folder}: trained on other tokens ({progress['data_id']}) than these "
-            f"({state.data_id}); bring the corpus back or use another run_dir"
-        )
+    for key, here in state.setting.items():
+        there = progress["setting"][key]
+        if there != here:
+            raise DataError(
+                f"{folder}: its {key} was {there}, here it is {here}; bring that back or use "
+                "another run_dir"
+            )
     state.step, state.train_seconds = progress["step"], progress["train_seconds"]
     state.model.load_state_dict(load_file(folder / "model.safetensors"))
     load_optimizer(state.model, state.optimizer, load_file(folder / "optimizer.safetensors"))
-    restore_rng(load_file(folder / "rng.safetensors"))
+    restore_rng(device_of(state.model), load_file(folder / "rng.safetensors"))
     return True
 
 
@@ -183,21 +187,23 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def rng_tensors() -> dict[str, Tensor]:
-    """The generators that dropout draws from."""
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """The generators that dropout may draw from."""
     states = {"cpu": torch.get_rng_state()}
-    for i in range(torch.cuda.device_count()):
-        states[f"cuda:{i}"] = torch.cuda.get_rng_state(i)
-    if torch.backends.mps.is_available():
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
         states["mps"] = torch.mps.get_rng_state()
     return states
 
 
-def restore_rng(states: dict[str, Tensor]) -> None:
-    for device, value in states.items():
-        if device == "cpu":
-            torch.set_rng_state(value)
-        elif device == "mps":
-            torch.mps.set_rng_state(value)
-        else:
-            torch.cuda.set_rng_state(value, device)
+def restore_rng(device: torch.device, states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])

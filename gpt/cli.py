@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -24,21 +25,29 @@ TRACEBACK = "GPT_TRACEBACK"  # set it to see the whole traceback of an error
 Job = Callable[[DictConfig], None]
 
 
+class Failed(Exception):
+    """An error that has been told already. It holds no reference to the run that raised it."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"exit code {exit_code}")
+        self.exit_code = exit_code
+
+
 def one_line_errors(job: Job) -> Job:
     """Decorate a Hydra job: a mistake ends it with one line and its exit code.
 
-    In a sweep the error is raised again, so that Hydra goes on with the other cells.
+    In a sweep Hydra then goes on with the other cells, and raises the first error at the end.
     """
 
     @wraps(job)
     def guarded(raw: DictConfig) -> None:
         try:
-            job(raw)
+            return job(raw)
         except Exception as error:
-            code = fail(error)
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise
-            sys.exit(code)  # Hydra passes an exit on as it is
+            code = tell(error)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise Failed(code)
+        sys.exit(code)  # Hydra passes an exit on as it is
 
     return guarded
 
@@ -48,12 +57,19 @@ def run(app: Callable[[], None]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing
     try:
         app()
+    except Failed as failed:
+        sys.exit(failed.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        sys.exit(fail(error))
+        sys.exit(tell(error))
 
 
-def fail(error: Exception) -> int:
+def tell(error: Exception) -> int:
     """Say what is wrong in one line on stderr; its exit code. A bug is raised again, whole."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output has gone: `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     message, code = explain(error)
     if code is None or os.environ.get(TRACEBACK):
         raise error
@@ -67,8 +83,10 @@ def explain(error: Exception) -> tuple[str, int | None]:
         return " ".join(str(error).split()), error.exit_code
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain_hydra(error), ConfigError.exit_code
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror} (errno {error.errno})", IO_ERROR
+    if "Config group override must be" in str(error):  # Hydra's ValueError for norm=null
+        return f"{error}; a group such as norm or placement takes a name", ConfigError.exit_code
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file'}: {error.strerror or error}", IO_ERROR
     return str(error), None
 
 

@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from gpt.errors import ConfigError, nearest
+from gpt.files import write_atomically
 
 SLOTS = ("in", "out", "after")
 TOKENIZERS = ("bpe", "bytes", "gpt2")
@@ -166,6 +167,8 @@ class Config:
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_choice("tokenizer", self.tokenizer, TOKENIZERS)
         check_device(self.device)
+        name = self.norm.get("name")
+        check(isinstance(name, str), "norm.name", name, "a norm's name")
 
     def identity(self) -> dict[str, Any]:
         """The configuration without what cannot change a result: where it is written and shown."""
@@ -213,8 +216,9 @@ def register_schemas() -> None:
 
 def typed(raw: Any) -> Any:
     """Hydra's configuration as the checked dataclass that its schema names."""
-    for key in sorted(OmegaConf.missing_keys(raw)):
-        raise ConfigError(f"{key}: not given; add {key}=VALUE to the command")
+    missing = sorted(OmegaConf.missing_keys(raw))
+    if missing:
+        raise ConfigError(f"{missing[0]}: not given; add {missing[0]}=VALUE to the command")
     cfg = OmegaConf.to_object(raw)
     refuse_additions(raw, cfg)
     return cfg
@@ -232,7 +236,7 @@ def refuse_additions(raw: Any, cfg: Any, prefix: str = "") -> None:
 
 
 def save_config(cfg: Config, path: Path) -> None:
-    OmegaConf.save(OmegaConf.create(asdict(cfg)), path)
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
 
 
 def load_config(path: Path) -> Config:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
 import socket
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from gpt.config import DataConfig
-from gpt.errors import ConfigError, DataError, MissingInput, nearest
+from gpt.errors import ConfigError, DataError, MissingInput, UserError, nearest
 
 Document = tuple[str, str]  # ("train" | "val", text)
 CHUNK = 1 << 20  # bytes of a large text file that are held at a time
@@ -139,10 +143,17 @@ def decode(part: bytes, file: Path, offset: int) -> str:
 def hf(cfg: DataConfig) -> Corpus:
     """A data set through `datasets`: local files (jsonl, parquet, csv, text) or a name on the hub.
 
-    Its `validation` or `test` split is validation; without one, every tenth document is.
+    Its `validation` or `test` split is validation; without one, every tenth document is. A data
+    set on the hub is known by its name alone: where it changes there, delete its folder in data/.
     """
     path = str(cfg.path)
     files = local_files(path)
+    options = (str(cfg.subset), cfg.column, str(cfg.max_documents))
+    key = digest(path, *options, file_key(files) if files else "hub")
+    return Corpus(slug(path), key, lambda: read_dataset(cfg, path, files))
+
+
+def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Document]:
     if not files and not hub_reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by `datasets` when it is imported: cache only
         if not hub_cached(path):
@@ -160,34 +171,33 @@ def hf(cfg: DataConfig) -> Corpus:
         source = {"path": kind.get(suffix, suffix), "data_files": [str(f) for f in files]}
     try:
         splits = datasets.load_dataset(**source, streaming=cfg.streaming)
-    except Exception as error:
-        raise DataError(f"data.path={path}: {' '.join(str(error).split())[:300]}") from error
-    columns = splits["train"].column_names or [cfg.column]
-    if cfg.column not in columns:
-        raise ConfigError(
-            f"data.column={cfg.column}: {path} has {', '.join(columns)}"
-            + nearest(cfg.column, columns)
-        )
-    val = next((splits[name] for name in ("validation", "test") if name in splits), None)
-
-    def documents() -> Iterator[Document]:
-        train = (row[cfg.column] for row in take(splits["train"], cfg.max_documents))
+        val = next((name for name in ("validation", "test") if name in splits), None)
+        if "train" not in splits:
+            raise DataError(f"data.path={path}: no split `train`; it has {', '.join(splits)}")
+        train = texts_of(splits["train"], cfg)
         if val is None:
             yield from interleave(train)
         else:
-            yield from (("train", t) for t in train)
-            yield from (("val", row[cfg.column]) for row in take(val, cfg.max_documents))
+            yield from (("train", text) for text in train)
+            yield from (("val", text) for text in texts_of(splits[val], cfg))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library makes of a file or a name that it cannot read
+        raise DataError(f"data.path={path}: {' '.join(str(error).split())[:300]}") from error
 
-    version = file_key(files) if files else getattr(splits["train"], "_fingerprint", "streaming")
-    key = digest(path, str(cfg.subset), cfg.column, str(cfg.max_documents), version)
-    return Corpus(slug(path), key, documents)
 
-
-def take(rows: Any, limit: int | None) -> Iterator[Any]:
+def texts_of(rows: Any, cfg: DataConfig) -> Iterator[str]:
+    """The column's texts, at most max_documents; a row without text is passed over."""
     for i, row in enumerate(rows):
-        if limit is not None and i >= limit:
+        if i == cfg.max_documents:
             return
-        yield row
+        if cfg.column not in row:
+            raise ConfigError(
+                f"data.column={cfg.column}: {cfg.path} has {', '.join(row)}"
+                + nearest(cfg.column, row)
+            )
+        if row[cfg.column]:
+            yield str(row[cfg.column])
 
 
 def local_files(path: str) -> list[Path]:
@@ -195,26 +205,32 @@ def local_files(path: str) -> list[Path]:
     suffixes = {".jsonl", ".json", ".parquet", ".csv", ".txt"}
     files: list[Path] = []
     for part in path.split(","):
-        found = Path(part)
-        if found.is_dir():
-            files += sorted(f for f in found.rglob("*") if f.suffix in suffixes)
-        elif found.is_file():
-            files.append(found)
-        elif not found.is_absolute() and any(c in part for c in "*?["):
-            files += sorted(Path().glob(part))
-    return files
+        if Path(part).is_dir():
+            files += sorted(f for f in Path(part).rglob("*") if f.suffix in suffixes)
+        else:
+            files += [Path(found) for found in sorted(glob.glob(part)) or [part]]
+    return [f for f in files if f.is_file()]
 
 
 def hub_reachable(timeout: float = 0.5) -> bool:
+    """Whether the hub answers within `timeout` seconds, or a proxy stands before it."""
     from huggingface_hub.constants import ENDPOINT
 
     address = urlsplit(ENDPOINT)
-    try:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname or "", port), timeout).close()
-    except OSError:
-        return False
-    return True
+    if address.scheme in getproxies():
+        return True
+    port = address.port or (443 if address.scheme == "https" else 80)
+    answered: list[bool] = []
+
+    def connect() -> None:
+        with suppress(OSError):
+            socket.create_connection((address.hostname or "", port), timeout).close()
+            answered.append(True)
+
+    thread = Thread(target=connect, daemon=True)  # looking up a name knows no timeout
+    thread.start()
+    thread.join(timeout)
+    return bool(answered)
 
 
 def hub_cached(name: str) -> bool:

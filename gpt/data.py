@@ -162,10 +162,11 @@ def rows(ids: np.ndarray, starts: np.ndarray, block_size: int) -> Tensor:
 
 
 def to_device(window: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Windows as inputs and targets, each (B, T), on `device` without waiting for the copy."""
-    if device.type == "cuda":
-        window = window.pin_memory()
-    window = window.to(device, non_blocking=True)
+    """Windows as inputs and targets, each (B, T), on `device`."""
+    if device.type == "cuda":  # from pinned memory the copy need not be waited for
+        window = window.pin_memory().to(device, non_blocking=True)
+    else:
+        window = window.to(device)
     return window[:, :-1], window[:, 1:]
 
 

@@ -21,18 +21,25 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """bfloat16 autocast where `dtype` asks for it; `auto` asks where CUDA computes in it."""
+def precision(device: torch.device, dtype: str) -> str:
+    """`auto` is bfloat16 where CUDA computes in it, float32 elsewhere."""
     if dtype == "auto":
-        enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        enabled = dtype == "bfloat16"
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if bf16 else "float32"
+    return dtype
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Matrix products in bfloat16 where `precision` says so; weights and norms stay float32."""
+    enabled = precision(device, dtype) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Let a resumed run on CUDA repeat the same bits; CPU kernels do so by themselves."""
+    """Let a resumed run on CUDA repeat the same bits; CPU kernels do so by themselves.
+
+    An operation that cannot raises RuntimeError and says so.
+    """
     if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32

@@ -46,7 +46,8 @@ def generate(
         else:
             if 0 < top_k < len(logits):
                 logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            token = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
+            scaled = (logits - logits.max()) / temperature  # largest 0: a tiny temperature is safe
+            token = torch.multinomial(scaled.softmax(0), 1, generator=generator)
         idx = torch.cat([idx, token.view(1, 1).to(device)], dim=1)
         yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
     yield decoder.decode(b"", final=True)

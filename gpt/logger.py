@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import uuid
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,27 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config import Config
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line that a kill left unfinished is dropped."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write to a temporary file and rename it: `path` holds its old content or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+from gpt.files import flatten, read_jsonl, write_atomically
 
 
 def to_json(row: Any) -> str:
@@ -72,7 +53,7 @@ class RunLog:
     def stats(self, step: int, table: dict[str, Any]) -> None:
         """`table` is what `gpt.stats.table` gives; wandb sees it flat, `sites/head/after/rms`."""
         self.write("stats", {"step": step, **table})
-        self.wandb.log({"step": step, **flatten(table)})
+        self.wandb.log({"step": step, **flatten(table, "/")})
 
     def summary(self, values: dict[str, Any]) -> None:
         write_atomically(self.run_dir / "summary.json", json.dumps(finite(values), indent=2) + "\n")
@@ -88,16 +69,6 @@ class RunLog:
         self.wandb.finish()
 
 
-def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 class Wandb:
     """wandb as a mirror that may fail: the first failure is said once and ends the mirror."""
 
@@ -110,23 +81,28 @@ class Wandb:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        mode = cfg.wandb.mode
+        mode: Any = cfg.wandb.mode
         if mode == "auto":
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            logged_in = wandb.login(prompt=False, verify=False)
+            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
+        id_file = run_dir / "wandb_id"  # a resumed run goes on under its own id
+        if not id_file.exists():
+            write_atomically(id_file, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:16])
         # Only what describes the experiment: no paths, no environment.
         config = {k: v for k, v in asdict(cfg).items() if k not in ("run_dir", "wandb", "data")}
         self.run = wandb.init(
             project=cfg.wandb.project,
             dir=str(run_dir),
-            id=os.environ.get("WANDB_RUN_ID") or cfg.hash()[:16],
+            id=id_file.read_text(),
             name=cfg.run_name(),
             config=config | {"data": cfg.data.name},
             resume="allow" if mode == "online" else None,
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             reinit="finish_previous",
             settings=wandb.Settings(
                 console="off",
                 init_timeout=10,
+                finish_timeout=60,
                 disable_git=True,
                 disable_code=True,
                 x_disable_stats=True,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from gpt.errors import MissingInput
-from gpt.logger import read_jsonl
+from gpt.files import read_jsonl
 
 
 def load_summaries(folder: Path) -> list[dict[str, Any]]:
@@ -19,9 +19,7 @@ def load_summaries(folder: Path) -> list[dict[str, Any]]:
         json.loads(path.read_text()) | {"run_dir": str(path.parent)}
         for path in sorted(folder.rglob("summary.json"))
     ]
-    if not summaries:
-        raise MissingInput(f"{folder}: no finished run below it")
-    return sorted(summaries, key=lambda s: ("diverged_at" in s, s["val_loss"]))
+    return sorted(summaries, key=lambda s: ("diverged_at" in s, s.get("val_loss") or math.inf))
 
 
 def print_table(summaries: list[dict[str, Any]]) -> None:
@@ -31,12 +29,12 @@ def print_table(summaries: list[dict[str, Any]]) -> None:
     for column in ("val loss", "bits/byte", "train loss", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
     for s in summaries:
-        val_loss, val_bpb = f"{s['val_loss']:.4f}", f"{s['val_bpb']:.4f}"
+        name, speed = Path(s["run_dir"]).name, f"{s['tokens_per_s']:,.0f}"
         if "diverged_at" in s:
-            val_loss, val_bpb = f"diverged at {s['diverged_at']}", ""
+            table.add_row(name, f"diverged at {s['diverged_at']}", "", "", speed)
+            continue
         train_loss = f"{s['train_loss']:.4f}" + " leaky" * s["leaky"]
-        name = Path(s["run_dir"]).name
-        table.add_row(name, val_loss, val_bpb, train_loss, f"{s['tokens_per_s']:,.0f}")
+        table.add_row(name, f"{s['val_loss']:.4f}", f"{s['val_bpb']:.4f}", train_loss, speed)
     Console().print(table)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gpt.config import Config, load_config, save_config
+from gpt.config import Config, load_config
 from gpt.errors import ConfigError, Locked
+from gpt.files import flatten
 
 
 @contextmanager
@@ -33,30 +34,18 @@ def locked(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def claim(run_dir: Path, cfg: Config) -> None:
-    """Write `config.yaml`, or raise ConfigError where a run of another configuration lives."""
+def refuse_another_configuration(run_dir: Path, cfg: Config) -> None:
+    """Raise ConfigError, naming the first key, where `run_dir` holds a run of other settings."""
     path = run_dir / "config.yaml"
     if not path.exists():
-        save_config(cfg, path)
         return
-    there, here = flatten(load_config(path).identity()), flatten(cfg.identity())
+    there, here = flatten(load_config(path).identity(), "."), flatten(cfg.identity(), ".")
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key):
             raise ConfigError(
                 f"{path}: {key}={there.get(key)} there, {here.get(key)} now; a run keeps its "
                 "configuration, so use another run_dir or the same values"
             )
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one: {"a": {"b": 1}} → {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 @contextmanager

@@ -27,12 +27,12 @@ def moments(x: Tensor) -> Tensor:
     where x is constant.
     """
     x = x.detach().float()
-    mean = x.mean()
-    squares = (x - mean).square()
-    variance = squares.mean()
-    kurtosis = squares.square().mean() / variance.square().clamp_min(1e-38)
-    rms = x.square().mean().sqrt()
-    return torch.stack([mean, variance.sqrt(), rms, x.abs().amax(), kurtosis])
+    mean, rms = x.mean(), x.square().mean().sqrt()
+    centred = x - mean
+    std = centred.square().mean().sqrt()
+    # Divided first: x⁴ overflows fp32 from 4·10⁹, which a run without norms reaches.
+    kurtosis = (centred / std.clamp_min(1e-30)).pow(4).mean()
+    return torch.stack([mean, std, rms, x.abs().amax(), kurtosis])
 
 
 @contextmanager
@@ -90,8 +90,9 @@ def table(record: Record) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def first_nonfinite(record: Record) -> str | None:
-    """The first place in the order of the forward pass whose values are NaN or infinite."""
+    """The first place in the order of the forward pass that holds NaN or infinity."""
     for (_, name, key), value in record.items():
-        if not math.isfinite(value.sum().item()):
+        largest = value[MOMENTS.index("absmax")] if value.dim() else value
+        if not math.isfinite(largest.item()):
             return f"{name} ({key})"
     return None

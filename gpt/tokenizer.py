@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import tiktoken
 
 from gpt.errors import DataError, MissingInput
+from gpt.files import write_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -116,7 +117,7 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, path: Path) -> None:
     if tokenizer.name != "gpt2":
         tokens = (tokenizer.decode_single_token_bytes(t) for t in range(tokenizer.n_vocab))
         content["ranks"] = [base64.b64encode(t).decode() for t in tokens]
-    path.write_text(json.dumps(content) + "\n")
+    write_atomically(path, json.dumps(content) + "\n")
 
 
 def load_tokenizer(path: Path) -> tiktoken.Encoding:

@@ -16,18 +16,19 @@ from torch import Tensor, nn
 
 from gpt import checkpoint, stats
 from gpt.checkpoint import TrainState
-from gpt.config import Config
+from gpt.config import Config, save_config
 from gpt.data import Data, TrainBatches, ValBatches, prepare
-from gpt.device import autocast, make_deterministic, resolve_device
+from gpt.device import autocast, make_deterministic, precision, resolve_device
 from gpt.errors import ConfigError, Diverged
+from gpt.files import read_jsonl, write_atomically
 from gpt.generate import generate
-from gpt.logger import RunLog, read_jsonl, write_atomically
+from gpt.logger import RunLog
 from gpt.model import GPT
-from gpt.norms.batch import BatchNorm, batch_statistics
-from gpt.norms.registry import norms_of, sees_others
+from gpt.norms.batch import batch_statistics, with_batch_stats
+from gpt.norms.registry import sees_others
 from gpt.optim import lr_at, make_optimizer
 from gpt.placement import build_model
-from gpt.run_dir import claim, locked, stop_signals
+from gpt.run_dir import locked, refuse_another_configuration, stop_signals
 from gpt.screen import Screen
 from gpt.seeds import stream_seed
 from gpt.tokenizer import save_tokenizer, token_bytes
@@ -48,20 +49,32 @@ class Run:
     screen: Screen
 
 
+@dataclass(frozen=True)
+class Row:
+    """A step's numbers, still on the device."""
+
+    step: int
+    lr: float
+    loss: Tensor
+    grad_norm: Tensor
+
+
 def train(cfg: Config, root: Path = Path("runs")) -> dict[str, Any]:
     """Make, resume, or find finished the run that `cfg` describes; returns its summary.
 
     Its directory is `cfg.run_dir`, or else a name under `root` that follows from `cfg`.
     """
-    screen = Screen(total=cfg.train.steps)
+    screen = Screen(cfg.train.steps)
     run_dir = Path(cfg.run_dir) if cfg.run_dir else root / cfg.run_name()
     with locked(run_dir):
-        claim(run_dir, cfg)
+        refuse_another_configuration(run_dir, cfg)
         if (run_dir / "DONE").exists():
             screen.say(f"{run_dir} is finished already", style="green")
             return json.loads((run_dir / "summary.json").read_text())
 
         run, state = set_up(cfg, run_dir, screen)
+        save_config(cfg, run_dir / "config.yaml")
+        save_tokenizer(run.data.tokenizer, run_dir / "tokenizer.json")
         resumed = checkpoint.restore(run_dir, state)
         introduce(run)
         if resumed:
@@ -71,12 +84,12 @@ def train(cfg: Config, root: Path = Path("runs")) -> dict[str, Any]:
             run_steps(run, state, log)
             summary = summarise(run, state)
             log.summary(summary)
+            write_atomically(run_dir / "DONE", cfg.hash() + "\n")
         except Diverged:
             log.summary(summarise(run, state) | {"diverged_at": state.step})
             raise
         finally:
             log.close()
-        write_atomically(run_dir / "DONE", cfg.hash() + "\n")
         sample = "".join(generate(run.model, run.data.tokenizer, "\n", max_new_tokens=200))
         screen.report(run_dir, summary, sample)
         return summary
@@ -87,7 +100,6 @@ def set_up(cfg: Config, run_dir: Path, screen: Screen) -> tuple[Run, TrainState]
     device = resolve_device(cfg.device)
     make_deterministic(device)
     data = prepare(cfg)
-    save_tokenizer(data.tokenizer, run_dir / "tokenizer.json")
     model = build_model(cfg, data.tokenizer.n_vocab).to(device)
     if sees_others(model) and cfg.train.batch_size * cfg.model.block_size == 1:
         raise ConfigError(
@@ -95,9 +107,13 @@ def set_up(cfg: Config, run_dir: Path, screen: Screen) -> tuple[Run, TrainState]
             "feature, whose variance is 0; raise either"
         )
     torch.manual_seed(stream_seed(cfg.seed, "dropout"))  # dropout alone draws from it from here on
-    header = data.train.header
-    data_id = f"{header.corpus_sha256[:16]}-{header.fingerprint[:16]}"
-    state = TrainState(0, 0.0, model, make_optimizer(model, cfg.optim), data_id)
+    setting = {
+        "corpus": data.train.header.corpus_sha256,
+        "tokenizer": data.train.header.fingerprint,
+        "device": device.type,
+        "precision": precision(device, cfg.dtype),
+    }
+    state = TrainState(0, 0.0, model, make_optimizer(model, cfg.optim), setting)
     return Run(cfg, run_dir, device, data, model, screen), state
 
 
@@ -111,13 +127,17 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
     batches = TrainBatches(run.data.train.ids, t.batch_size, t.grad_accum, block_size, cfg.seed)
     val = ValBatches(run.data.val.ids, t.batch_size, block_size, t.eval_tokens)
     bytes_of = torch.tensor(token_bytes(run.data.tokenizer), device=device)
+    torch.compiler.reset()  # what another cell of a sweep compiled
     compiled = torch.compile(run.model) if cfg.compile else run.model
+    leaky = {"leaky": True} if sees_others(run.model) else {}
     unread: list[Row] = []
 
     def evaluate_and_log() -> None:
         result = evaluate(run.model, val, bytes_of, device, cfg.dtype)
         log.metrics(state.step, **result)
         run.screen.evaluation(state.step, result)
+        if not math.isfinite(result["val_loss"]):
+            raise Diverged(f"diverged at step {state.step}: validation loss {result['val_loss']}")
 
     with stop_signals() as signals, run.screen.progress:
         if state.step == 0:
@@ -133,7 +153,8 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             unread.append(row)
 
             evaluating = step % t.eval_every == 0 or step == t.steps
-            saving = step % t.checkpoint_every == 0 or step == t.steps or bool(signals)
+            stopping = bool(signals)  # looked at once: what says "stopped" has been saved
+            saving = step % t.checkpoint_every == 0 or step == t.steps or stopping
             reading = device.type == "cpu" or step % READ_EVERY == 0
             if not (reading or counting or evaluating or saving):
                 continue
@@ -143,29 +164,19 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             state.train_seconds += seconds
             speed = len(rows) * t.batch_size * t.grad_accum * block_size / seconds
             for values in rows:
-                log.metrics(**values, tokens_per_s=round(speed, 1))
+                log.metrics(**values, **leaky, tokens_per_s=round(speed, 1))
             run.screen.steps_done(step, rows[-1]["loss"], speed)
-            stop_if_diverged(run, state, batches, rows)
+            stop_if_diverged(run, state, rows, batches)
             if counting:
                 log.stats(step, stats.table(record))
             if evaluating:
                 evaluate_and_log()
             if saving:
                 checkpoint.save(run.dir, state, t.keep_checkpoints)
-            if signals and step < t.steps:
+            if stopping and step < t.steps:
                 run.screen.say(f"stopped at step {step}; the same command resumes there")
                 raise SystemExit(128 + signals[0])
             started = time.perf_counter()
-
-
-@dataclass(frozen=True)
-class Row:
-    """A step's numbers, still on the device."""
-
-    step: int
-    lr: float
-    loss: Tensor
-    grad_norm: Tensor
 
 
 def update(
@@ -219,21 +230,30 @@ def read(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def stop_if_diverged(
-    run: Run, state: TrainState, batches: TrainBatches, rows: list[dict[str, Any]]
+    run: Run, state: TrainState, rows: list[dict[str, Any]], batches: TrainBatches
 ) -> None:
-    """Raise Diverged at the first row that is not finite, naming the site where it began."""
-    for row in rows:
-        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-            continue
-        state.step = row["step"]
-        x, y = next(batches.at(state.step, run.device))
-        with torch.no_grad(), stats.collect(run.model, run.model.streams()) as record:
+    """Raise Diverged at the first row that is not finite, naming the site where it shows first."""
+    bad = [r for r in rows if not (math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]))]
+    if not bad:
+        return
+    state.step = bad[0]["step"]
+    site = "only in the backward pass"
+    for x, y in batches.at(state.step, run.device):
+        with (
+            torch.no_grad(),
+            autocast(run.device, run.cfg.dtype),
+            stats.collect(run.model, run.model.streams()) as record,
+        ):
             run.model(x, y)
-        raise Diverged(
-            f"diverged at step {state.step}: loss {row['loss']}, gradient norm {row['grad_norm']}, "
-            f"first in {stats.first_nonfinite(record) or 'the backward pass'}; {run.dir} keeps the "
-            "last checkpoint. Try a smaller optim.lr or another norm"
-        )
+        found = stats.first_nonfinite(record)
+        if found:
+            site = f"first in {found}"
+            break
+    raise Diverged(
+        f"diverged at step {state.step}: loss {bad[0]['loss']}, gradient norm "
+        f"{bad[0]['grad_norm']}, {site}; {run.dir} keeps the last checkpoint. "
+        "Try a smaller optim.lr or another norm"
+    )
 
 
 @torch.no_grad()
@@ -261,7 +281,7 @@ def evaluate(
     model.eval()
     loss, bpb = losses()
     result = {"val_loss": loss, "val_bpb": bpb}
-    if any(isinstance(norm, BatchNorm) for norm in norms_of(model)):
+    if with_batch_stats(model):
         with batch_statistics(model):
             result["val_loss_batch_stats"], _ = losses()
     model.train()
@@ -276,6 +296,10 @@ def introduce(run: Run) -> None:
         f"{parameters:,} parameters, {header.n_bytes:,} bytes of {cfg.data.name} as "
         f"{header.n_tokens:,} {header.tokenizer} tokens of {header.vocab_size}"
     )
+    if cfg.optim.warmup_steps >= cfg.train.steps:
+        run.screen.say(
+            f"optim.warmup_steps={cfg.optim.warmup_steps}: the run ends before optim.lr is reached"
+        )
     if sees_others(run.model):
         run.screen.say(
             f"leaky: in training norm={cfg.norm['name']} sees later tokens and other samples; its "
@@ -297,7 +321,7 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
     tokens = state.step * t.batch_size * t.grad_accum * cfg.model.block_size
     return {
         **{k: v for k, v in evaluations[-1].items() if k != "step"},
-        "best_val_loss": min(r["val_loss"] for r in evaluations if r["val_loss"] is not None),
+        "best_val_loss": min((r["val_loss"] for r in evaluations if r["val_loss"]), default=None),
         "train_loss": sum(losses) / max(1, len(losses)),
         "leaky": sees_others(run.model),
         "norm": cfg.norm["name"],

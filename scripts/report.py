@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from gpt import cli
+from gpt.errors import MissingInput
 from gpt.results import draw_curves, load_summaries, print_table
 
 
@@ -19,6 +20,8 @@ def main() -> None:
         sys.exit(64)
     folder = Path(sys.argv[1])
     summaries = load_summaries(folder)
+    if not summaries:
+        raise MissingInput(f"{folder}: no finished run below it")
     print_table(summaries)
     draw_curves(summaries, folder / "loss.png")
     print(folder / "loss.png")

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from gpt import cli
 from gpt.config import register_schemas, typed
+from gpt.errors import ConfigError
 
 register_schemas()
 
@@ -22,11 +23,13 @@ def main(raw: DictConfig) -> None:
     from gpt.checkpoint import load_model  # after the configuration is checked
     from gpt.device import resolve_device
     from gpt.generate import generate
-    from gpt.norms.batch import batch_statistics
+    from gpt.norms.batch import batch_statistics, with_batch_stats
     from gpt.tokenizer import load_tokenizer
 
     model = load_model(cfg.run_dir, cfg.step, resolve_device(cfg.device))
     tokenizer = load_tokenizer(Path(cfg.run_dir) / "tokenizer.json")
+    if cfg.batch_stats and not with_batch_stats(model):
+        raise ConfigError("batch_stats=true: no norm of this run has statistics over the batch")
     print(cfg.prompt, end="", flush=True)
     with batch_statistics(model) if cfg.batch_stats else nullcontext():
         for piece in generate(

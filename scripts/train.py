@@ -58,4 +58,6 @@ if __name__ == "__main__":
         finally:
             from gpt.results import load_summaries, print_table
 
-            print_table(load_summaries(folder))
+            summaries = load_summaries(folder)
+            if summaries:
+                print_table(summaries)

@@ -66,6 +66,10 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("data=pydocs", "did you mean 'pydoc'?"),
         ("model=gpt3", "did you mean 'gpt2'?"),
         ("train.steps=", "train.steps"),
+        ("norm=null", "a group such as norm or placement takes a name"),
+        ("norm.name=null", "norm.name=None: expected a norm's name"),
+        ("norm.name=5", "norm.name=5: expected a norm's name"),
+        ("~norm.name", "norm.name=None: expected a norm's name"),
         ("norm=[", "norm=[: not an override"),
     ],
 )  # fmt: skip

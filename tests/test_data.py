@@ -246,12 +246,35 @@ def test_hf_takes_at_most_max_documents_and_names_the_columns(tmp_path: Path) ->
         prepare(make_config("data=hf", f"data.path={path}", "data.column=txt"))
 
 
+def test_hf_rows_without_text_are_passed_over_and_broken_files_named(tmp_path: Path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_text('{"text": null}\n' + '{"text": "' + "words " * 50 + '"}\n' * 1)
+    path.write_text(path.read_text() * 20)
+    assert prepare(make_config("data=hf", f"data.path={path}")).train.header.n_bytes > 0
+    path.write_text('{"text": "fine"}\n{"text": ')
+    with pytest.raises(DataError, match=r"data\.path="):
+        prepare(make_config("data=hf", f"data.path={path}"))
+
+
+def test_tokens_that_are_prepared_need_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prepared where there is a network, trained where there is none."""
+    texts = [("train", "some text " * 50), ("val", "other text " * 20)]
+    monkeypatch.setattr("gpt.corpus.read_dataset", lambda *_: iter(texts))
+    cfg = make_config("data=hf", "data.path=someone/something", "data.streaming=true")
+    prepare(cfg)
+    monkeypatch.undo()
+    monkeypatch.setattr("gpt.corpus.hub_reachable", lambda: False)
+    assert len(prepare(cfg).val.ids) == 222
+
+
 def test_a_hub_name_without_network_fails_at_once_with_the_way_out(tmp_path: Path) -> None:
     """Against an address of this machine that refuses: no test leaves it."""
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     code = "import time; from gpt.corpus import open_corpus; from gpt.config import DataConfig\n"
     code += "start = time.perf_counter()\n"
-    code += "try: open_corpus(DataConfig('hf', 'someone/something'))\n"
+    code += "try: next(open_corpus(DataConfig('hf', 'someone/something')).documents())\n"
     code += "finally: print(time.perf_counter() - start)"
     result = subprocess.run(
         [program()[0], "-c", code], env={**os.environ, **env}, capture_output=True, text=True

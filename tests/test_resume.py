@@ -100,7 +100,7 @@ def test_a_resume_that_loses_any_state_gives_another_curve(
     run_dir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     rewind(run_dir, corpus)
     if lost == "rng":
-        monkeypatch.setattr(checkpoint, "restore_rng", lambda states: None)
+        monkeypatch.setattr(checkpoint, "restore_rng", lambda device, states: None)
     elif lost == "optimizer":
         monkeypatch.setattr(checkpoint, "load_optimizer", lambda *args: None)
     else:

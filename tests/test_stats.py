@@ -36,6 +36,12 @@ def test_kurtosis_of_a_gaussian_is_three_and_of_a_constant_zero() -> None:
     assert moments(torch.full((4, 4), 2.5))[4].item() == 0
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_kurtosis_does_not_depend_on_scale(scale: float) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert moments(x * scale)[4].item() == pytest.approx(moments(x)[4].item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("norm", ["layer", "dummy", "batch"])
 def test_every_site_and_depth_is_recorded(norm: str) -> None:
     model = build_model(make_config("data=pydoc", f"norm={norm}", "placement=peri"), 50)
@@ -96,7 +102,7 @@ def test_no_hook_is_left_behind_even_after_an_error() -> None:
 
 def test_the_first_site_that_is_not_finite_is_named() -> None:
     model = build_model(make_config("data=pydoc"), 50)
-    model.h[1].mlp["in"].weight.data[3] = float("nan")
+    model.h[1].mlp["in"].weight.data[3] = float("inf")
     with collect(model, model.streams()) as record:
         model(torch.randint(50, (2, 8)))
     assert first_nonfinite(record) == "h.1.mlp.in (gamma_norm)"

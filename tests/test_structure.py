@@ -26,7 +26,7 @@ LAYERS = [
      "stats", "logger", "device"],
     ["norms.registry", "tokenizer", "corpus", "cli"],
     ["config"],
-    ["errors", "seeds"],
+    ["files", "errors", "seeds"],
     ["__init__"],
 ]  # fmt: skip
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from gpt.errors import MissingInput
 from gpt.results import load_summaries, print_table
 from tests.conftest import TINY, run_program
 
@@ -65,17 +64,35 @@ def test_a_diverged_run_is_listed_last_and_as_such(
     }  # fmt: skip
     for name, extra in {
         "good": {"val_loss": 3.0},
+        "worse": {"val_loss": None, "val_bpb": None, "train_loss": None, "diverged_at": 1},
         "bad": {"val_loss": 1.0, "diverged_at": 7},
     }.items():
         (tmp_path / name).mkdir()
         row = base | {"norm": name} | extra
         (tmp_path / name / "summary.json").write_text(json.dumps(row))
     summaries = load_summaries(tmp_path)
-    assert [s["norm"] for s in summaries] == ["good", "bad"]
+    assert [s["norm"] for s in summaries] == ["good", "bad", "worse"]
     print_table(summaries)
     assert "diverged" in capsys.readouterr().out
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(MissingInput, match="no finished run below it"):
-        load_summaries(tmp_path)
+    result = run_program(str(tmp_path), script="report")
+    assert result.returncode == 66
+    assert result.stderr == f"error: {tmp_path}: no finished run below it\n"
+
+
+@pytest.mark.parametrize("override", ["norm=layr", "train.batch_size=-1"])
+def test_a_sweep_that_cannot_start_is_one_line_too(override: str, tmp_path: Path) -> None:
+    result = run_program("-m", override, cwd=tmp_path)
+    assert result.returncode == 78
+    assert result.stderr.count("error: ") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_runs_are_drawn(tmp_path: Path, corpus: Path) -> None:
+    sweep(corpus, "norm=layer,dummy", cwd=tmp_path)
+    folder = next((tmp_path / "runs").iterdir())
+    result = run_program(str(folder), script="report")
+    assert result.returncode == 0, result.stderr
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -40,6 +40,8 @@ def test_the_loss_curve_is_the_golden_one(
     if pytestconfig.getoption("--update-golden"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(losses, indent=1) + "\n")
+    if not path.exists():
+        pytest.skip(f"no golden curve for {norm} yet: run with --update-golden")
     golden = json.loads(path.read_text())
     assert losses["train"] == pytest.approx(golden["train"], rel=1e-4)
     assert losses["val"] == pytest.approx(golden["val"], rel=1e-4)

@@ -1,3 +1,7 @@
-"""The norms: one file each, registered by name. Import this package to have them all."""
+"""The norms: one file each. Importing this package imports them all, and each registers itself."""
 
-from gpt.norms import batch, cuda_layer, dummy, layer, rms  # noqa: F401  (each registers itself)
+import importlib
+import pkgutil
+
+for module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{module.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,12 +63,12 @@ class BatchNorm(nn.Module):
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, every BatchNorm of `model` uses the statistics of the batch it is given.
+    """Inside, every norm of `model` that has running statistics uses those of its batch instead.
 
     That is what training did and what generation cannot do: one sample's statistics are not the
     batch's, and they change with every token that is added.
     """
-    norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
+    norms = with_batch_stats(model)
     for norm in norms:
         norm.batch_stats = True
     try:
@@ -75,3 +76,8 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.batch_stats = False
+
+
+def with_batch_stats(model: nn.Module) -> list[Any]:
+    """The norms of `model` that can use a batch's own statistics in evaluation."""
+    return [m for m in model.modules() if hasattr(m, "batch_stats")]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -65,19 +65,21 @@ def build_norm(name: str, n_embd: int, **options: Any) -> nn.Module:
                 f"{where}: norm {name!r} takes {', '.join(known) or 'no options'}"
                 + nearest(key, known)
             )
-        if not accepts(known[key].annotation, value):
-            raise ConfigError(f"{where}: expected {known[key].annotation.__name__}")
+        expected = known[key].annotation
+        if not accepts(expected, value):
+            raise ConfigError(f"{where}: expected {getattr(expected, '__name__', expected)}")
     try:
         return cls(n_embd, **options)
     except ValueError as error:
         raise ConfigError(f"configs/norm/{name}.yaml: {error}") from error
 
 
-def accepts(annotation: type, value: object) -> bool:
+def accepts(annotation: Any, value: Any) -> bool:
     """Whether `value` fits a parameter of type `annotation`; float takes any finite number."""
     if annotation is float:
-        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
-    return type(value) is annotation
+        return type(value) in (int, float) and math.isfinite(value)
+    alternatives = get_args(annotation)  # of `int | None`
+    return any(accepts(a, value) for a in alternatives) or type(value) is annotation
 
 
 def sees_others(module: nn.Module) -> bool:
