@@ -90,8 +90,15 @@ def train(cfg: Config, root: Path = Path("runs")) -> dict[str, Any]:
             raise
         finally:
             log.close()
-        sample = "".join(generate(run.model, run.data.tokenizer, "\n", max_new_tokens=200))
-        screen.report(run_dir, summary, sample)
+        pieces = generate(
+            run.model,
+            run.data.tokenizer,
+            "\n",
+            max_new_tokens=200,
+            temperature=0.6,
+            seed=cfg.seed,
+        )
+        screen.report(run_dir, summary, "".join(pieces))
         return summary
 
 
@@ -127,8 +134,10 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
     batches = TrainBatches(run.data.train.ids, t.batch_size, t.grad_accum, block_size, cfg.seed)
     val = ValBatches(run.data.val.ids, t.batch_size, block_size, t.eval_tokens)
     bytes_of = torch.tensor(token_bytes(run.data.tokenizer), device=device)
-    torch.compiler.reset()  # what another cell of a sweep compiled
-    compiled = torch.compile(run.model) if cfg.compile else run.model
+    compiled: nn.Module = run.model
+    if cfg.compile:
+        torch.compiler.reset()  # what other cells of a sweep have compiled
+        compiled = torch.compile(run.model)  # type: ignore[assignment]
     leaky = {"leaky": True} if sees_others(run.model) else {}
     unread: list[Row] = []
 

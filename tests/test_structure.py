@@ -103,8 +103,9 @@ def visitor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = '{"text": "a document about norms, long enough to train on"}\n' * 40
     (folder / "docs.jsonl").write_text(rows)
     shutil.copytree(REPO / "scripts", folder / "scripts")
-    run(folder, ["python", "scripts/train.py", "run_dir=runs/first"])
-    run(folder, ["python", "scripts/train.py", "-m", "sweep=norms", "norm=layer,rms"])
+    run(folder, ["python", "scripts/train.py", "norm=batch", "run_dir=runs/batch"])
+    sweep = ["-m", "sweep=norms", "norm=layer,rms", "hydra.sweep.dir=runs/norms"]
+    run(folder, ["python", "scripts/train.py", *sweep])
     return folder
 
 
