@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gpt.config import load_config
-from gpt.errors import DataError, MissingInput
+from gpt.errors import DataError, MissingInput, UserError
+from gpt.files import read_json
 from gpt.model import GPT
 from gpt.placement import build_model
 from gpt.tokenizer import load_tokenizer
@@ -89,7 +90,7 @@ def restore(run_dir: Path, state: TrainState) -> bool:
         if folders:
             raise DataError(f"{run_dir}/checkpoints: no checkpoint is intact; use another run_dir")
         return False
-    progress = json.loads((folder / "state.json").read_text())
+    progress = read_json(folder / "state.json")
     for key, here in state.setting.items():
         there = progress["setting"][key]
         if there != here:
@@ -132,16 +133,17 @@ def load_model(
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The finished checkpoint folders, newest first."""
-    folders = [f for f in (run_dir / "checkpoints").glob("step_*") if f.suffix != ".tmp"]
+    found = (run_dir / "checkpoints").glob("step_*")
+    folders = [f for f in found if f.name.removeprefix("step_").isdecimal()]
     return sorted(folders, key=lambda f: int(f.name.removeprefix("step_")), reverse=True)
 
 
 def is_valid(folder: Path) -> bool:
     """Whether every file is what the manifest says; a warning names what is not."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_json(folder / "manifest.json")
         damaged = [name for name, digest in manifest.items() if sha256(folder / name) != digest]
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         damaged = [str(error)]
     if damaged:
         print(f"warning: {folder} is damaged: {', '.join(damaged)}", file=sys.stderr)

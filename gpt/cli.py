@@ -123,14 +123,18 @@ def dotted(content: object, prefix: str) -> Iterator[str]:
             yield from dotted(value, f"{prefix}{key}.")
 
 
-def literal(arg: str, key: str) -> str:
-    """`key=any text` as an override whose value Hydra takes as it stands.
+def literal(arg: str, *keys: str) -> str:
+    """`key=any text`, for one of `keys`, as an override whose value Hydra takes as it stands.
 
-    Hydra's grammar would trim `prompt=def ` and stumble over `prompt=f(x, y)`.
+    Hydra's grammar would trim `prompt=def ` and stumble over `prompt=f(x, y)`. What is quoted
+    for Hydra already, and `null`, stay as they are, but for a prompt.
     """
-    if not arg.startswith(f"{key}="):
+    key, _, value = arg.partition("=")
+    if key not in keys:
         return arg
-    value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", arg[len(key) + 1 :])
+    if key != "prompt" and (value in ("", "null") or (value[0] == value[-1] and value[0] in "'\"")):
+        return arg
+    value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
     # Inside quotes only a quote, and the backslashes right before one, need a backslash.
     quoted = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
     return f"{key}='{quoted}'"

@@ -16,8 +16,10 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from gpt.errors import ConfigError, nearest
+from gpt.errors import ConfigError, DataError, nearest
 from gpt.files import write_atomically
 
 SLOTS = ("in", "out", "after")
@@ -130,6 +132,13 @@ class DataConfig:
     max_documents: int | None = None
 
     def __post_init__(self) -> None:
+        used = {"text": ["path"], "hf": [f.name for f in fields(self)]}.get(self.name, [])
+        for f in fields(self):
+            if f.name not in ("name", *used) and getattr(self, f.name) != f.default:
+                raise ConfigError(
+                    f"data.{f.name}={getattr(self, f.name)}: data={self.name} does not use it; "
+                    "add data=text or data=hf"
+                )
         if self.name in ("text", "hf") and not self.path:
             raise ConfigError(f"data.path: not given; data={self.name} needs data.path=PATH")
         if self.max_documents is not None:
@@ -241,4 +250,8 @@ def save_config(cfg: Config, path: Path) -> None:
 
 def load_config(path: Path) -> Config:
     """The `Config` of a run directory's `config.yaml`."""
-    return typed(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    try:
+        return typed(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except (ConfigError, OmegaConfBaseException, YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: damaged ({reason}); restore it or use another run_dir") from error

@@ -23,6 +23,7 @@ from gpt.errors import ConfigError, DataError, MissingInput, UserError, nearest
 Document = tuple[str, str]  # ("train" | "val", text)
 CHUNK = 1 << 20  # bytes of a large text file that are held at a time
 VAL_EVERY = 10  # every tenth document is validation
+KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 @dataclass(frozen=True)
@@ -164,11 +165,10 @@ def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Docu
     import datasets
 
     datasets.disable_progress_bars()
-    kind = {"jsonl": "json", "txt": "text"}
     source: dict[str, Any] = {"path": path, "name": cfg.subset}
     if files:
-        suffix = files[0].suffix.lstrip(".")
-        source = {"path": kind.get(suffix, suffix), "data_files": [str(f) for f in files]}
+        kind = KINDS[files[0].suffix.lower()]
+        source = {"path": kind, "data_files": [str(f) for f in files]}
     try:
         splits = datasets.load_dataset(**source, streaming=cfg.streaming)
         val = next((name for name in ("validation", "test") if name in splits), None)
@@ -183,7 +183,9 @@ def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Docu
     except UserError:
         raise
     except Exception as error:  # whatever the library makes of a file or a name that it cannot read
-        raise DataError(f"data.path={path}: {' '.join(str(error).split())[:300]}") from error
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        raise DataError(f"data.path={path}: {reason}") from error
 
 
 def texts_of(rows: Any, cfg: DataConfig) -> Iterator[str]:
@@ -201,15 +203,29 @@ def texts_of(rows: Any, cfg: DataConfig) -> Iterator[str]:
 
 
 def local_files(path: str) -> list[Path]:
-    """The data files that `path` (file, folder, glob or comma-separated list of these) names."""
-    suffixes = {".jsonl", ".json", ".parquet", ".csv", ".txt"}
+    """The data files that `path` (file, folder, glob or comma-separated list of these) names.
+
+    None where it can only be a name on the hub; UserError where a part of it is missing, is of a
+    kind that cannot be read, or of another kind than the others.
+    """
     files: list[Path] = []
+    missing: list[str] = []
     for part in path.split(","):
-        if Path(part).is_dir():
-            files += sorted(f for f in Path(part).rglob("*") if f.suffix in suffixes)
-        else:
-            files += [Path(found) for found in sorted(glob.glob(part)) or [part]]
-    return [f for f in files if f.is_file()]
+        found = [Path(p) for p in sorted(glob.glob(part))] or [Path(part)]
+        if found[0].is_dir():
+            found = sorted(f for f in found[0].rglob("*") if f.suffix.lower() in KINDS)
+        found = [f for f in found if f.is_file()]
+        files += found
+        missing += [] if found else [part]
+    if missing and (files or len(missing) > 1):
+        raise MissingInput(f"data.path={path}: no such file: {', '.join(missing)}")
+    kinds = sorted({f.suffix.lower() for f in files})
+    if len(kinds) > 1 or not set(kinds) <= set(KINDS):
+        raise DataError(
+            f"data.path={path}: files of {', '.join(k or 'no suffix' for k in kinds)}; expected "
+            f"one kind of {', '.join(KINDS)}"
+        )
+    return files
 
 
 def hub_reachable(timeout: float = 0.5) -> bool:

@@ -32,7 +32,7 @@ from gpt.seeds import stream_seed
 ROOT = Path(os.environ.get("GPT_DATA", Path(__file__).resolve().parent.parent / "data"))
 MAGIC = b"gpt-norms tokens 1\n"
 HEADER_BYTES = 1024
-FORMAT = "1"  # part of a prepared folder's key: raise it when preparation changes
+FORMAT = "2"  # part of a prepared folder's key: raise it when preparation changes
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,10 @@ def prepare(cfg: Config) -> Data:
     key = digest(FORMAT, corpus.key, cfg.tokenizer)[:12]
     folder = ROOT / f"{corpus.name}-{cfg.tokenizer}-{key}"
     ROOT.mkdir(parents=True, exist_ok=True)
-    if not folder.exists():
+    if not is_complete(folder):
         with FileLock(f"{folder}.lock"):
-            if not folder.exists():
+            if not is_complete(folder):
+                print(f"preparing {corpus.name} in {folder}", flush=True)
                 write_folder(corpus, cfg.tokenizer, folder)
     tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
     train, val = (open_tokens(folder / f"{split}.bin") for split in ("train", "val"))
@@ -93,9 +94,14 @@ def prepare(cfg: Config) -> Data:
         if len(tokens.ids) < need:
             raise DataError(
                 f"{corpus.name}: {tokens.path.stem} has {tokens.header.n_bytes} bytes, "
-                f"{len(tokens.ids)} tokens; model.block_size={cfg.model.block_size} needs {need}"
+                f"{len(tokens.ids)} tokens; model.block_size={cfg.model.block_size} needs {need}; "
+                "train and val, a tenth of all, need as much each"
             )
     return Data(tokenizer, train, val)
+
+
+def is_complete(folder: Path) -> bool:
+    return all((folder / name).exists() for name in ("train.bin", "val.bin", "tokenizer.json"))
 
 
 def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
@@ -137,6 +143,7 @@ def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     tokenizers.save_tokenizer(tokenizer, temporary / "tokenizer.json")
+    shutil.rmtree(folder, ignore_errors=True)  # where someone has deleted a part of it
     os.replace(temporary, folder)
 
 
@@ -146,7 +153,10 @@ def open_tokens(path: Path) -> Tokens:
         head = file.read(HEADER_BYTES)
     if not head.startswith(MAGIC):
         raise DataError(f"{path}: not a token file of this version; delete its folder")
-    header = Header(**json.loads(head[len(MAGIC) :]))
+    try:
+        header = Header(**json.loads(head[len(MAGIC) :]))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: its header is damaged; delete its folder") from error
     size = HEADER_BYTES + header.n_tokens * np.dtype(header.dtype).itemsize
     if path.stat().st_size != size:
         raise DataError(f"{path}: {path.stat().st_size} bytes, expected {size}; delete its folder")

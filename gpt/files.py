@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gpt.errors import DataError, MissingInput
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write to a temporary file and rename it: `path` holds its old content or the new one."""
@@ -19,14 +21,28 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line that a kill left unfinished is dropped."""
+    """The rows of a JSON-lines file; a last line that a kill left unfinished is dropped.
+
+    DataError where another line is no row, since what follows it would be lost with it.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: line {number} is damaged; restore or remove it") from error
     return rows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; MissingInput or DataError, naming the file, where there is none."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except FileNotFoundError as error:
+        raise MissingInput(f"{path}: no such file") from error
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({error}); restore or remove it") from error
 
 
 def flatten(values: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:

@@ -46,7 +46,8 @@ def generate(
         else:
             if 0 < top_k < len(logits):
                 logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            scaled = (logits - logits.max()) / temperature  # largest 0: a tiny temperature is safe
+            # The largest is 0, so that the smallest temperature cannot overflow.
+            scaled = (logits - logits.max()).double() / max(temperature, 1e-200)
             token = torch.multinomial(scaled.softmax(0), 1, generator=generator)
         idx = torch.cat([idx, token.view(1, 1).to(device)], dim=1)
         yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))

@@ -6,6 +6,7 @@ from torch import nn
 
 from gpt import norms  # noqa: F401  (registers them)
 from gpt.config import Config, PlacementConfig
+from gpt.errors import ConfigError
 from gpt.model import GPT
 from gpt.norms.registry import build_norm
 
@@ -28,6 +29,9 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
             case True:
                 return build_norm(n_embd=cfg.model.n_embd, **cfg.norm)
             case name:
-                return build_norm(name, cfg.model.n_embd)
+                try:
+                    return build_norm(name, cfg.model.n_embd)
+                except ConfigError as error:
+                    raise ConfigError(f"placement of {site}: {error}") from error
 
     return GPT(cfg.model, vocab_size, make_norm, cfg.placement.alpha, cfg.seed)

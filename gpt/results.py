@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from gpt.files import read_jsonl
+from gpt.config import load_config
+from gpt.files import flatten, read_json, read_jsonl
 
 
 def load_summaries(folder: Path) -> list[dict[str, Any]]:
     """The summaries of all runs below `folder`, best validation loss first, diverged runs last."""
     summaries = [
-        json.loads(path.read_text()) | {"run_dir": str(path.parent)}
+        read_json(path) | {"run_dir": str(path.parent)}
         for path in sorted(folder.rglob("summary.json"))
     ]
     return sorted(summaries, key=lambda s: ("diverged_at" in s, s.get("val_loss") or math.inf))
@@ -24,18 +25,39 @@ def load_summaries(folder: Path) -> list[dict[str, Any]]:
 
 def print_table(summaries: list[dict[str, Any]]) -> None:
     """One line a run. Leaky training losses are marked: they are not comparable, never ranked."""
+    labels = distinguish(summaries)
     table = Table(title="best validation loss first", title_justify="left")
     table.add_column("run", overflow="fold")
     for column in ("val loss", "bits/byte", "train loss", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
-    for s in summaries:
-        name, speed = Path(s["run_dir"]).name, f"{s['tokens_per_s']:,.0f}"
+    for s, name in zip(summaries, labels, strict=True):
+        speed = f"{s['tokens_per_s']:,.0f}"
         if "diverged_at" in s:
             table.add_row(name, f"diverged at {s['diverged_at']}", "", "", speed)
             continue
         train_loss = f"{s['train_loss']:.4f}" + " leaky" * s["leaky"]
         table.add_row(name, f"{s['val_loss']:.4f}", f"{s['val_bpb']:.4f}", train_loss, speed)
     Console().print(table)
+
+
+def distinguish(summaries: list[dict[str, Any]]) -> list[str]:
+    """A label for each run: norm, placement, batch size, seed, and any other key that differs."""
+    configs = []
+    for s in summaries:
+        path = Path(s["run_dir"]) / "config.yaml"
+        configs.append(flatten(asdict(load_config(path)), ".") if path.exists() else {})
+    named = {"norm.name", "placement.name", "train.batch_size", "seed", "run_dir"}
+    labels = []
+    for s, config in zip(summaries, configs, strict=True):
+        label = f"{s['norm']}-{s['placement']}-bs{s['batch_size']}-s{s['seed']}"
+        for key in sorted(config.keys() - named):
+            # A norm's eps differs from another norm's: only runs of the same norm are compared.
+            group = key.split(".")[0] + ".name"
+            like = [c for c in configs if group not in named or c.get(group) == config[group]]
+            if any(c.get(key) != config[key] for c in like):
+                label += f" {key}={config[key]}"
+        labels.append(label)
+    return labels
 
 
 def draw_curves(summaries: list[dict[str, Any]], path: Path) -> None:
@@ -60,12 +82,13 @@ def draw_curves(summaries: list[dict[str, Any]], path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    for s in sorted(summaries, key=lambda s: norms.index(s["norm"])):
+    for s in sorted(summaries, key=lambda s: s["norm"]):
         rows = [r for r in read_jsonl(Path(s["run_dir"]) / "metrics.jsonl") if "val_bpb" in r]
         steps, values = [r["step"] for r in rows], [r["val_bpb"] for r in rows]
         row, column = placements.index(s["placement"]), batch_sizes.index(s["batch_size"])
         axis, color = axes[row, column], f"C{norms.index(s['norm'])}"
-        axis.plot(steps, values, color=color, label=s["norm"], linewidth=1.8)
+        style = ["-", "--", "-.", ":"][norms.index(s["norm"]) % 4]  # lines may lie on one another
+        axis.plot(steps, values, style, color=color, label=s["norm"], linewidth=1.8)
         if "diverged_at" in s:
             axis.plot(steps[-1:], values[-1:], "x", color=color)
     for row, placement in enumerate(placements):

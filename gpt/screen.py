@@ -9,11 +9,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+class Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1
+
+
 class Screen:
     """Lines of text, and a progress bar while training."""
 
     def __init__(self, total: int) -> None:
-        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.console = Terminal(highlight=False, markup=False, soft_wrap=True)
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),

@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 import tiktoken
 
 from gpt.errors import DataError, MissingInput
-from gpt.files import write_atomically
+from gpt.files import read_json, write_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BPE_VOCAB = 1024
 BPE_CHARACTERS = 20_000_000  # a BPE is trained on at most so much text
-# GPT-2's way to cut text into words: contractions, letters, digits, the rest, white space.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# GPT-2's way to cut text into words: contractions, letters, digits, the rest, white space. Unlike
+# GPT-2's a word ends after 128 characters: the time to merge one grows with its length squared.
+PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,128}| ?\p{N}{1,128}| ?[^\s\p{L}\p{N}]{1,128}"""
+    r"""|\s{1,128}(?!\S)|\s{1,128}"""
+)
 
 
 def make_tokenizer(name: str, texts: Iterable[str]) -> tiktoken.Encoding:
@@ -33,9 +37,7 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> tiktoken.Encoding:
 def from_ranks(name: str, ranks: list[bytes]) -> tiktoken.Encoding:
     """An encoding whose token i is `ranks[i]`, merged in that order."""
     mergeable = {token: rank for rank, token in enumerate(ranks)}
-    return tiktoken.Encoding(
-        name, pat_str=GPT2_PATTERN, mergeable_ranks=mergeable, special_tokens={}
-    )
+    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=mergeable, special_tokens={})
 
 
 def byte_ranks() -> list[bytes]:
@@ -69,7 +71,7 @@ def train_library_bpe(texts: Iterable[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -121,13 +123,11 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, path: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> tiktoken.Encoding:
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text())
         if content["name"] == "gpt2":
             return gpt2()
         return from_ranks(content["name"], [base64.b64decode(t) for t in content["ranks"]])
-    except FileNotFoundError as error:
-        raise MissingInput(f"{path}: no such file; is this a run directory?") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a tokenizer ({error!r})") from error
 

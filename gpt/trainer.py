@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from gpt.checkpoint import TrainState
 from gpt.config import Config, save_config
 from gpt.data import Data, TrainBatches, ValBatches, prepare
 from gpt.device import autocast, make_deterministic, precision, resolve_device
-from gpt.errors import ConfigError, Diverged
-from gpt.files import read_jsonl, write_atomically
+from gpt.errors import ConfigError, DataError, Diverged
+from gpt.files import read_json, read_jsonl, write_atomically
 from gpt.generate import generate
 from gpt.logger import RunLog
 from gpt.model import GPT
@@ -68,11 +67,11 @@ def train(cfg: Config, root: Path = Path("runs")) -> dict[str, Any]:
     run_dir = Path(cfg.run_dir) if cfg.run_dir else root / cfg.run_name()
     with locked(run_dir):
         refuse_another_configuration(run_dir, cfg)
+        data = prepare(cfg)
         if (run_dir / "DONE").exists():
-            screen.say(f"{run_dir} is finished already", style="green")
-            return json.loads((run_dir / "summary.json").read_text())
+            return finished(run_dir, cfg, data, screen)
 
-        run, state = set_up(cfg, run_dir, screen)
+        run, state = set_up(cfg, run_dir, data, screen)
         save_config(cfg, run_dir / "config.yaml")
         save_tokenizer(run.data.tokenizer, run_dir / "tokenizer.json")
         resumed = checkpoint.restore(run_dir, state)
@@ -102,11 +101,23 @@ def train(cfg: Config, root: Path = Path("runs")) -> dict[str, Any]:
         return summary
 
 
-def set_up(cfg: Config, run_dir: Path, screen: Screen) -> tuple[Run, TrainState]:
+def finished(run_dir: Path, cfg: Config, data: Data, screen: Screen) -> dict[str, Any]:
+    """The summary of a run that is done, if it is this run on this text."""
+    summary = read_json(run_dir / "summary.json")
+    if summary["config_hash"] != cfg.hash():
+        raise ConfigError(f"{run_dir} is finished under another configuration; use another run_dir")
+    if summary["corpus_sha256"] != data.train.header.corpus_sha256:
+        raise DataError(
+            f"{run_dir} is finished, on another text of data={cfg.data.name}; use another run_dir"
+        )
+    screen.say(f"{run_dir} is finished already", style="green")
+    return summary
+
+
+def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run, TrainState]:
     """The run before its first step."""
     device = resolve_device(cfg.device)
     make_deterministic(device)
-    data = prepare(cfg)
     model = build_model(cfg, data.tokenizer.n_vocab).to(device)
     if sees_others(model) and cfg.train.batch_size * cfg.model.block_size == 1:
         raise ConfigError(
@@ -119,6 +130,7 @@ def set_up(cfg: Config, run_dir: Path, screen: Screen) -> tuple[Run, TrainState]
         "tokenizer": data.train.header.fingerprint,
         "device": device.type,
         "precision": precision(device, cfg.dtype),
+        "configuration": cfg.hash(),
     }
     state = TrainState(0, 0.0, model, make_optimizer(model, cfg.optim), setting)
     return Run(cfg, run_dir, device, data, model, screen), state
@@ -260,8 +272,8 @@ def stop_if_diverged(
             break
     raise Diverged(
         f"diverged at step {state.step}: loss {bad[0]['loss']}, gradient norm "
-        f"{bad[0]['grad_norm']}, {site}; {run.dir} keeps the last checkpoint. "
-        "Try a smaller optim.lr or another norm"
+        f"{bad[0]['grad_norm']}, {site}; what {run.dir} has of "
+        "checkpoints is from before. Try a smaller optim.lr or another norm"
     )
 
 
@@ -327,6 +339,8 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
     rows = read_jsonl(run.dir / "metrics.jsonl")
     losses = [r["loss"] for r in rows if r.get("loss") is not None][-TRAIN_LOSS_OVER:]
     evaluations = [r for r in rows if "val_loss" in r]
+    if not evaluations:
+        raise DataError(f"{run.dir}/metrics.jsonl: its rows are gone; use another run_dir")
     tokens = state.step * t.batch_size * t.grad_accum * cfg.model.block_size
     return {
         **{k: v for k, v in evaluations[-1].items() if k != "step"},

@@ -46,5 +46,5 @@ def main(raw: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = [cli.literal(arg, "prompt") for arg in sys.argv[1:]]
+    sys.argv[1:] = [cli.literal(arg, "prompt", "run_dir") for arg in sys.argv[1:]]
     cli.run(main)

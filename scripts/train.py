@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from gpt import cli
 from gpt.config import register_schemas, typed
+from gpt.errors import ConfigError
 
 register_schemas()
 
@@ -28,6 +29,8 @@ def main(raw: DictConfig) -> None:
 
     hydra_config = HydraConfig.get()
     sweeping = hydra_config.mode == RunMode.MULTIRUN
+    if hydra_config.runtime.choices.get("sweep") and not sweeping:
+        raise ConfigError("sweep=...: add -m to run its cells, or leave it out for a single run")
     train(cfg, root=Path(hydra_config.sweep.dir if sweeping else "runs"))
 
 
@@ -50,6 +53,7 @@ def sweep_dir(argv: list[str]) -> Path | None:
 if __name__ == "__main__":
     folder = sweep_dir(sys.argv[1:])
     if folder is None:
+        sys.argv[1:] = [cli.literal(arg, "data.path", "run_dir") for arg in sys.argv[1:]]
         cli.run(main)
     else:
         sys.argv.append(f"hydra.sweep.dir={folder}")

@@ -11,7 +11,7 @@ import torch
 
 from gpt.checkpoint import checkpoints, load_model
 from gpt.config import Config
-from gpt.errors import DataError, MissingInput
+from gpt.errors import ConfigError, DataError, MissingInput
 from gpt.trainer import train
 from tests.conftest import curve
 
@@ -118,6 +118,55 @@ def test_other_tokens_are_refused(
     cfg.write_text(cfg.read_text().replace(old, f"  path: {text}"))
     with pytest.raises(DataError, match=r"its corpus was [0-9a-f]{64}, here"):
         train(config("norm=batch", f"run_dir={run_dir}", f"data.path={text}"))
+
+
+def test_a_finished_run_on_a_text_that_changed_is_not_taken_for_this_one(
+    tmp_path: Path, config: Callable[..., Config]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one text\n" * 500)
+    train(config(f"data.path={text}"))
+    text.write_text("another text\n" * 500)
+    with pytest.raises(DataError, match="is finished, on another text of data=text"):
+        train(config(f"data.path={text}"))
+
+
+def test_a_run_without_its_config_file_is_not_resumed_as_another(
+    run_dir: Path, config: Callable[..., Config]
+) -> None:
+    (run_dir / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="finished under another configuration"):
+        train(config("norm=batch", f"run_dir={run_dir}", "optim.lr=1e-3"))
+    (run_dir / "DONE").unlink()
+    with pytest.raises(DataError, match="its configuration was"):
+        train(config("norm=batch", f"run_dir={run_dir}", "optim.lr=1e-3"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", b"a: [", "config.yaml: damaged"),
+        ("config.yaml", b"", "config.yaml: damaged"),
+        ("summary.json", b"{", "summary.json: damaged"),
+        ("tokenizer.json", b"\xff", "tokenizer.json: damaged"),
+        ("metrics.jsonl", b'{"step": 0}\nbroken\n{"step": 1}\n', "line 2 is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    run_dir: Path, config: Callable[..., Config], name: str, content: bytes, message: str
+) -> None:
+    (run_dir / name).write_bytes(content)
+    if name != "summary.json":
+        (run_dir / "DONE").unlink()
+    cfg = config("norm=batch", f"run_dir={run_dir}")
+    read = load_model if name == "tokenizer.json" else lambda _: train(cfg)
+    with pytest.raises(DataError, match=message):
+        read(run_dir)
+
+
+def test_a_folder_that_is_no_checkpoint_is_left_alone(run_dir: Path) -> None:
+    shutil.copytree(run_dir / "checkpoints" / "step_6", run_dir / "checkpoints" / "step_6_backup")
+    assert [f.name for f in checkpoints(run_dir)] == ["step_6", "step_4"]
 
 
 def test_nothing_is_pickled(finished: Path) -> None:

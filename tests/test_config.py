@@ -66,6 +66,8 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("data=pydocs", "did you mean 'pydoc'?"),
         ("model=gpt3", "did you mean 'gpt2'?"),
         ("train.steps=", "train.steps"),
+        ("data.path=a.txt", "data.path=a.txt: data=pydoc does not use it; add data=text"),
+        ("placement.attn.out=rmz", "placement of h.0.attn.out: norm=rmz"),
         ("norm=null", "a group such as norm or placement takes a name"),
         ("norm.name=null", "norm.name=None: expected a norm's name"),
         ("norm.name=5", "norm.name=5: expected a norm's name"),
@@ -91,7 +93,7 @@ def test_the_program_says_one_line_and_exits_78(override: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_every_yaml_composes(path: Path) -> None:
-    extra = ["data.path=x"] if path.parent.name == "data" else []
+    extra = ["data.path=x"] if path.stem in ("text", "hf") else []
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = typed(compose("train", [f"{path.parent.name}={path.stem}", *extra]))
     assert isinstance(cfg, Config)
@@ -137,6 +139,19 @@ def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
 )
 def test_awkward_prompts_arrive_as_they_were_typed(text: str) -> None:
     test_a_prompt_arrives_as_it_was_typed.hypothesis.inner_test(text)
+
+
+@pytest.mark.parametrize("path", ["a b (1).txt", "it's.txt", "ümläut 文.txt", "'quoted'", "null"])
+def test_paths_arrive_as_they_were_typed_quoted_or_not(path: str) -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = typed(compose("train", [cli.literal(f"run_dir={path}", "run_dir")]))
+    assert cfg.run_dir == {"'quoted'": "quoted", "null": None}.get(path, path)
+
+
+def test_a_sweep_s_name_without_m_is_refused(tmp_path: Path) -> None:
+    result = run_program("sweep=norms", cwd=tmp_path)
+    assert result.returncode == 78
+    assert "add -m to run its cells" in result.stderr
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:

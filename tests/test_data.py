@@ -246,6 +246,41 @@ def test_hf_takes_at_most_max_documents_and_names_the_columns(tmp_path: Path) ->
         prepare(make_config("data=hf", f"data.path={path}", "data.column=txt"))
 
 
+@pytest.mark.parametrize(
+    ("files", "error"),
+    [
+        ("a.jsonl,none.jsonl", "no such file: .*none.jsonl"),
+        ("a.bin", "files of .bin; expected one kind of .jsonl"),
+        ("a.jsonl,b.csv", "files of .csv, .jsonl"),
+    ],
+)
+def test_hf_files_that_cannot_be_read_never_become_a_name_on_the_hub(
+    tmp_path: Path, files: str, error: str
+) -> None:
+    for name in ("a.jsonl", "a.bin", "b.csv"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    path = ",".join(str(tmp_path / name) for name in files.split(","))
+    with pytest.raises((DataError, MissingInput), match=error):
+        open_corpus(DataConfig("hf", path))
+
+
+@pytest.mark.parametrize("text", ["x" * 1_000_000, "字" * 300_000, " " * 300_000, "ab " * 100_000])
+def test_text_without_spaces_is_tokenized_in_seconds(tmp_path: Path, text: str) -> None:
+    """A word's merges take time by the square of its length: words end at 128 characters."""
+    path = tmp_path / "long.txt"
+    path.write_text(text)
+    data = prepare(text_config(path, "tokenizer=bpe", "model.block_size=4"))
+    assert data.tokenizer.decode(data.train.ids.tolist()) == text[: int(len(text) * 0.9)]
+
+
+def test_a_prepared_folder_that_lost_a_file_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text\n" * 200)
+    folder = prepare(text_config(path)).train.path.parent
+    (folder / "tokenizer.json").unlink()
+    assert len(prepare(text_config(path)).train.ids) == 1800
+
+
 def test_hf_rows_without_text_are_passed_over_and_broken_files_named(tmp_path: Path) -> None:
     path = tmp_path / "docs.jsonl"
     path.write_text('{"text": null}\n' + '{"text": "' + "words " * 50 + '"}\n' * 1)

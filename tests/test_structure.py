@@ -12,23 +12,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
+from gpt.errors import ConfigError
 from tests.conftest import REPO
 
 # Each line may import from the lines below it only, and not from its own.
+NORMS = [f"norms.{p.stem}" for p in (REPO / "gpt/norms").glob("[a-z]*.py") if p.stem != "registry"]
 LAYERS = [
     ["trainer"],
     ["generate", "results"],
     ["checkpoint", "run_dir", "screen"],
     ["placement"],
     ["model", "norms.__init__"],
-    ["norms.batch", "norms.cuda_layer", "norms.dummy", "norms.layer", "norms.rms", "data", "optim",
-     "stats", "logger", "device"],
+    [*NORMS, "data", "optim", "stats", "logger", "device"],
     ["norms.registry", "tokenizer", "corpus", "cli"],
     ["config"],
-    ["files", "errors", "seeds"],
+    ["files"],
+    ["errors", "seeds"],
     ["__init__"],
-]  # fmt: skip
+]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -90,6 +94,31 @@ def readme_commands() -> list[str]:
     return [line[line.index("python scripts/") :] for line in lines if "python scripts/" in line]
 
 
+def test_the_readme_has_no_gap() -> None:
+    text = (REPO / "README.md").read_text()
+    assert not re.findall(r"[A-Z]+_(?:CAPTION|SECTION)|\bTODO\b|\bNG[12]\b", text)
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert ".github/norms.png" in links
+    assert all((REPO / link).exists() for link in links)
+
+
+def test_the_norm_that_the_readme_adds_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpt.norms import registry
+    from tests.conftest import make_config
+
+    readme = (REPO / "README.md").read_text()
+    blocks = re.findall(r"```(python|yaml)\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.setattr(registry, "NORMS", dict(registry.NORMS))
+    exec(next(code for kind, code in blocks if kind == "python"), {"__name__": "scale"})
+    options = OmegaConf.create(next(code for kind, code in blocks if kind == "yaml"))
+    x = torch.randn(2, 3, 8)
+    y = registry.build_norm(n_embd=8, **options)(x)
+    torch.testing.assert_close(y.norm(dim=-1), torch.full((2, 3), 8**0.5))
+    with pytest.raises(ConfigError, match="did you mean 'eps'"):
+        registry.build_norm("scale", 8, epz=1)
+    assert make_config("data=pydoc")  # the configuration still composes
+
+
 TINY = ["model.n_layer=1", "model.n_head=1", "model.n_embd=16", "model.block_size=16",
         "train.steps=2", "train.batch_size=2", "train.eval_tokens=64",
         "wandb.mode=disabled", "device=cpu"]  # fmt: skip
@@ -100,6 +129,7 @@ def visitor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the README's reader has it: a text of their own, a first run, a sweep's runs."""
     folder = tmp_path_factory.mktemp("visitor")
     (folder / "my.txt").write_text("To norm or not to norm, that is the question.\n" * 60)
+    (folder / "ref.txt").write_text((folder / "my.txt").read_text())
     rows = '{"text": "a document about norms, long enough to train on"}\n' * 40
     (folder / "docs.jsonl").write_text(rows)
     shutil.copytree(REPO / "scripts", folder / "scripts")

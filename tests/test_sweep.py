@@ -76,6 +76,12 @@ def test_a_diverged_run_is_listed_last_and_as_such(
     assert "diverged" in capsys.readouterr().out
 
 
+def test_the_table_names_what_differs(corpus: Path, tmp_path: Path) -> None:
+    result = sweep(corpus, "optim.lr=0.001,0.002", "norm=layer,rms", cwd=tmp_path)
+    assert result.stdout.count("layer-pre-bs4-s1337 optim.lr=0.001") == 1
+    assert result.stdout.count("rms-pre-bs4-s1337 optim.lr=0.002") == 1
+
+
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
     result = run_program(str(tmp_path), script="report")
     assert result.returncode == 66

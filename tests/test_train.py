@@ -178,12 +178,13 @@ def test_a_step_that_is_not_finite_changes_no_weight(
     fused: bool, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gpt import trainer
+    from gpt.data import prepare
     from gpt.run_dir import locked
     from gpt.screen import Screen
 
     cfg = config()
     with locked(Path(cfg.run_dir or "")):
-        run, state = trainer.set_up(cfg, Path(cfg.run_dir or ""), Screen(1))
+        run, state = trainer.set_up(cfg, Path(cfg.run_dir or ""), prepare(cfg), Screen(1))
     state.optimizer.defaults["fused"] = fused
     if not fused:
         for group in state.optimizer.param_groups:
