@@ -27,11 +27,11 @@ LAYERS = [
     ["placement"],
     ["model", "norms.__init__"],
     [*NORMS, "data", "optim", "stats", "logger", "device"],
-    ["norms.registry", "tokenizer", "corpus", "cli"],
+    ["norms.registry", "kernels.layer_norm", "tokenizer", "corpus", "cli"],
     ["config"],
-    ["files"],
+    ["files", "kernels.nvrtc"],
     ["errors", "seeds"],
-    ["__init__"],
+    ["__init__", "kernels.__init__"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

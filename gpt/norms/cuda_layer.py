@@ -6,12 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from gpt.errors import MissingInput
+from gpt.kernels.layer_norm import layer_norm
 from gpt.norms.registry import register
 
 
 @register("cuda_layer")
 class CudaLayerNorm(nn.Module):
-    """LayerNorm's formula in one CUDA kernel. Never a silent fallback: without one it raises."""
+    """y = γ (x − μ)/√(σ² + ε) + β over C, biased σ², in one CUDA kernel.  (B, T, C) → (B, T, C)
+
+    Statistics are fp32; under autocast y has the autocast dtype, so that the product that follows
+    need not cast. Never a silent fallback: without a CUDA device MissingInput is raised.
+
+    n_embd  C
+    eps     ε > 0
+    bias    whether there is a β
+    """
 
     axes = ("C",)
     causal_in_training = True
@@ -21,7 +30,11 @@ class CudaLayerNorm(nn.Module):
         super().__init__()
         if not torch.cuda.is_available():
             raise MissingInput("norm 'cuda_layer' needs a CUDA device; use norm=layer")
-        raise MissingInput("norm 'cuda_layer' has no kernel in this version; use norm=layer")
+        if eps <= 0:
+            raise ValueError(f"norm.eps={eps}: expected a number > 0")
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(n_embd))  # γ
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None  # β
 
     def forward(self, x: Tensor) -> Tensor:
-        raise AssertionError("never built")
+        return layer_norm(x, self.weight, self.bias, self.eps)

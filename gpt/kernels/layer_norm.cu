@@ -1,0 +1,281 @@
+// LayerNorm forward and backward, each with the residual add fused.
+//
+// Compiled at run time, once for each combination of these macros; needs no header:
+//   C                   features a row
+//   VEC                 elements an access: 1, 2, 4 or 8; divides C, and every pointer is aligned to it
+//   THREADS             threads a row (a multiple of 32), ROWS rows a block (1 unless THREADS is 32)
+//   CACHED              1: a thread holds its part of the row in registers; 0: it reads it again
+//   X_T B_T Y_T W_T     float, bf16 or fp16: the stream, the branch, the output, the weights
+//   BRANCH BIAS         1 where there is a branch to add (in backward, a gradient of the stream), a bias
+//   FORWARD             1 or 0: which of the two directions is compiled
+//
+// Statistics are fp32. The variance is biased and taken in two passes over registers, corrected for
+// the rounding of the mean, so that data far from 0 lose nothing. Nothing is atomic: every sum has
+// a fixed order, and two runs agree to the bit.
+
+typedef long long i64;
+struct bf16 { unsigned short bits; };
+struct fp16 { unsigned short bits; };
+
+#ifndef CUDA_ON_HOST  // the tests run this file on the host and bring these two of their own
+__device__ inline float half_to_float(unsigned short bits) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+    return f;
+}
+__device__ inline unsigned short float_to_half(float f) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+    return bits;
+}
+#endif
+
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(bf16 v) { return __uint_as_float((unsigned)v.bits << 16); }
+__device__ inline float to_float(fp16 v) { return half_to_float(v.bits); }
+__device__ inline void from_float(float f, float& v) { v = f; }
+__device__ inline void from_float(float f, fp16& v) { v.bits = float_to_half(f); }
+__device__ inline void from_float(float f, bf16& v) {  // to nearest even; a NaN stays one
+    const unsigned u = __float_as_uint(f);
+    v.bits = f != f ? 0x7fff : (unsigned short)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+template <typename T>
+struct alignas(sizeof(T) * VEC < 16 ? sizeof(T) * VEC : 16) Pack { T v[VEC]; };
+
+// VEC elements at p as floats, and back.
+template <typename T>
+__device__ inline void load(const T* p, float (&v)[VEC]) {
+    Pack<T> pack = *reinterpret_cast<const Pack<T>*>(p);
+#pragma unroll
+    for (int i = 0; i < VEC; i++) v[i] = to_float(pack.v[i]);
+}
+template <typename T>
+__device__ inline void store(T* p, const float (&v)[VEC]) {
+    Pack<T> pack;
+#pragma unroll
+    for (int i = 0; i < VEC; i++) from_float(v[i], pack.v[i]);
+    *reinterpret_cast<Pack<T>*>(p) = pack;
+}
+
+// The sums of a and b over the threads of a row, the same in each of them.
+constexpr int WARPS = THREADS / 32;
+__device__ inline void row_sum(float& a, float& b, float (*shared)[2]) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        a += __shfl_xor_sync(0xffffffffu, a, step);
+        b += __shfl_xor_sync(0xffffffffu, b, step);
+    }
+    if (WARPS == 1) return;
+    if (threadIdx.x % 32 == 0) {
+        shared[threadIdx.x / 32][0] = a;
+        shared[threadIdx.x / 32][1] = b;
+    }
+    __syncthreads();
+    a = b = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        a += shared[w][0];
+        b += shared[w][1];
+    }
+}
+
+constexpr int STEPS = (C + THREADS * VEC - 1) / (THREADS * VEC);  // accesses of a thread to a row
+constexpr int HELD = CACHED ? STEPS : 1;
+constexpr int UNROLL = CACHED ? STEPS : 1;
+// The first element of access s, and whether there is one: the last access may reach past the row.
+#define EACH_ACCESS                                              \
+    _Pragma("unroll UNROLL") for (int s = 0; s < STEPS; s++)     \
+        if (const int c = (s * THREADS + lane) * VEC; c < C)
+
+#if FORWARD
+
+// stream = x + branch, rounded to X_T; y = weight (stream − mean) rstd + bias.
+// One row for each THREADS threads; x, branch, y, stream (n_rows, C), mean and rstd (n_rows).
+extern "C" __global__ void __launch_bounds__(THREADS * ROWS) layer_norm_forward(
+    const X_T* x, const B_T* branch, const W_T* weight, const W_T* bias, Y_T* y, X_T* stream,
+    float* mean, float* rstd, i64 n_rows, float eps) {
+    __shared__ float shared[2][WARPS][2];
+    const int lane = threadIdx.x % THREADS;
+    const i64 row = (i64)blockIdx.x * ROWS + threadIdx.x / THREADS;
+    if (row >= n_rows) return;
+    x += row * C;
+    y += row * C;
+    if (BRANCH) {
+        branch += row * C;
+        stream += row * C;
+    }
+    float held[HELD][VEC];
+    float sum = 0.0f, unused = 0.0f;
+    EACH_ACCESS {
+        float(&v)[VEC] = held[CACHED ? s : 0];
+        load(x + c, v);
+        if (BRANCH) {
+            float b[VEC];
+            load(branch + c, b);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                X_T rounded;  // what backward will read is what is normalised here
+                from_float(v[i] + b[i], rounded);
+                v[i] = to_float(rounded);
+            }
+            store(stream + c, v);
+        }
+#pragma unroll
+        for (int i = 0; i < VEC; i++) sum += v[i];
+    }
+    row_sum(sum, unused, shared[0]);
+    const X_T* again = BRANCH ? stream : x;
+    const float rough = sum / C;
+    float square = 0.0f, rest = 0.0f;
+    EACH_ACCESS {
+        float(&v)[VEC] = held[CACHED ? s : 0];
+        if (!CACHED) load(again + c, v);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            const float d = v[i] - rough;
+            rest += d;
+            square += d * d;
+            if (CACHED) v[i] = d;
+        }
+    }
+    row_sum(square, rest, shared[1]);
+    const float shift = rest / C;  // what the mean lost to rounding
+    const float variance = fmaxf(square / C - shift * shift, 0.0f);
+    const float scale = 1.0f / sqrtf(variance + eps);
+    EACH_ACCESS {
+        float(&v)[VEC] = held[CACHED ? s : 0];
+        if (!CACHED) {
+            load(again + c, v);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) v[i] -= rough;
+        }
+        float w[VEC], b[VEC];
+        load(weight + c, w);
+        if (BIAS) load(bias + c, b);
+        float out[VEC];
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            out[i] = (v[i] - shift) * scale * w[i] + (BIAS ? b[i] : 0.0f);
+        }
+        store(y + c, out);
+    }
+    if (lane == 0) {
+        mean[row] = rough + shift;
+        rstd[row] = scale;
+    }
+}
+
+#else
+
+// dx = rstd (g − mean(g) − x̂ mean(g x̂)) + dstream, where g = dy weight and x̂ = (x − mean) rstd.
+// Persistent: block b takes rows b, b + gridDim.x, … and, where CACHED, leaves its share of
+// Σ dy x̂ and Σ dy in partial[b][0] and partial[b][1], (gridDim.x, 2, C) in fp32.
+extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
+    const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight, const float* mean,
+    const float* rstd, X_T* dx, float* partial, i64 n_rows) {
+    __shared__ float shared[2][WARPS][2];
+    const int lane = threadIdx.x;
+    float dgamma[HELD][VEC] = {}, dbeta[HELD][VEC] = {}, w[HELD][VEC];
+    if (CACHED) {
+        EACH_ACCESS load(weight + c, w[CACHED ? s : 0]);
+    }
+    int turn = 0;  // two buffers, so that one barrier a row is enough
+    for (i64 row = blockIdx.x; row < n_rows; row += gridDim.x, turn ^= 1) {
+        const float mu = mean[row], scale = rstd[row];
+        float x_hat[HELD][VEC], g[HELD][VEC];
+        float sum_g = 0.0f, sum_gx = 0.0f;
+        EACH_ACCESS {
+            const int h = CACHED ? s : 0;
+            load(x + row * C + c, x_hat[h]);
+            load(dy + row * C + c, g[h]);
+            if (!CACHED) load(weight + c, w[h]);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                x_hat[h][i] = (x_hat[h][i] - mu) * scale;
+                if (CACHED) {
+                    dgamma[h][i] += g[h][i] * x_hat[h][i];
+                    dbeta[h][i] += g[h][i];
+                }
+                g[h][i] *= w[h][i];
+                sum_g += g[h][i];
+                sum_gx += g[h][i] * x_hat[h][i];
+            }
+        }
+        row_sum(sum_g, sum_gx, shared[turn]);
+        const float mean_g = sum_g / C, mean_gx = sum_gx / C;
+        EACH_ACCESS {
+            const int h = CACHED ? s : 0;
+            if (!CACHED) {
+                load(x + row * C + c, x_hat[h]);
+                load(dy + row * C + c, g[h]);
+                load(weight + c, w[h]);
+#pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    x_hat[h][i] = (x_hat[h][i] - mu) * scale;
+                    g[h][i] *= w[h][i];
+                }
+            }
+            float out[VEC], more[VEC];
+            if (BRANCH) load(dstream + row * C + c, more);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                out[i] = scale * (g[h][i] - mean_g - x_hat[h][i] * mean_gx);
+                if (BRANCH) out[i] += more[i];
+            }
+            store(dx + row * C + c, out);
+        }
+    }
+    if (CACHED) {
+        partial += (i64)blockIdx.x * 2 * C;
+        EACH_ACCESS {
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                partial[c + i] = dgamma[CACHED ? s : 0][i];
+                partial[C + c + i] = dbeta[CACHED ? s : 0][i];
+            }
+        }
+    }
+}
+
+// Rows too long for registers: partial[b] from rows b·chunk to (b + 1)·chunk, a thread a column.
+extern "C" __global__ void __launch_bounds__(256) layer_norm_columns(
+    const Y_T* dy, const X_T* x, const float* mean, const float* rstd, float* partial, i64 n_rows) {
+    const i64 c = (i64)blockIdx.x * 256 + threadIdx.x;
+    if (c >= C) return;
+    const i64 chunk = (n_rows + gridDim.y - 1) / gridDim.y;
+    const i64 first = blockIdx.y * chunk, past = first + chunk < n_rows ? first + chunk : n_rows;
+    float dgamma = 0.0f, dbeta = 0.0f;
+    for (i64 row = first; row < past; row++) {
+        const float g = to_float(dy[row * C + c]);
+        dgamma += g * (to_float(x[row * C + c]) - mean[row]) * rstd[row];
+        dbeta += g;
+    }
+    partial[(i64)blockIdx.y * 2 * C + c] = dgamma;
+    partial[(i64)blockIdx.y * 2 * C + C + c] = dbeta;
+}
+
+// dweight and dbias from n_partial rows of partial sums, always in the same order: 32 columns a
+// block, 8 threads a column.
+extern "C" __global__ void __launch_bounds__(256) layer_norm_finalise(
+    const float* partial, W_T* dweight, W_T* dbias, int n_partial) {
+    __shared__ float shared[8][32];
+    const int column = blockIdx.x * 32 + threadIdx.x % 32, part = threadIdx.x / 32;
+    float sum = 0.0f;
+    if (column < 2 * C) {
+        for (int p = part; p < n_partial; p += 8) sum += partial[(i64)p * 2 * C + column];
+    }
+    shared[part][threadIdx.x % 32] = sum;
+    __syncthreads();
+    if (part == 0 && column < 2 * C) {
+#pragma unroll
+        for (int i = 1; i < 8; i++) sum += shared[i][threadIdx.x];
+        if (column < C) {
+            from_float(sum, dweight[column]);
+        } else if (BIAS) {
+            from_float(sum, dbias[column - C]);
+        }
+    }
+}
+
+#endif

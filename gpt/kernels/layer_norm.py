@@ -1,0 +1,325 @@
+"""LayerNorm by `layer_norm.cu`: how a kernel is chosen and launched, the torch op, its gradient.
+
+    y, stream = add_norm(x, branch, weight, bias, eps)    stream = x + branch, y its LayerNorm
+
+Shapes: x, branch, y and stream (..., C); weight and bias (C); mean and rstd (rows), fp32. x, y and
+the weights may be float32, bfloat16 or float16, independently.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float, c_int, c_longlong, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt.kernels import nvrtc
+
+SOURCE = (Path(__file__).parent / "layer_norm.cu").read_text()
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+HELD = 32  # floats of a row that a thread holds; past that it spills or stalls the multiprocessor
+HELD_BY_A_WARP = 56  # a warp that has a row for itself needs no barrier, which pays for more
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One compilation of the source: its macros, see there."""
+
+    C: int
+    VEC: int
+    THREADS: int
+    ROWS: int
+    CACHED: bool
+    X_T: torch.dtype
+    B_T: torch.dtype
+    Y_T: torch.dtype
+    W_T: torch.dtype
+    BRANCH: bool
+    BIAS: bool
+    FORWARD: bool
+
+    def options(self) -> tuple[str, ...]:
+        return tuple(
+            f"-D{name}={TYPES[value] if isinstance(value, torch.dtype) else int(value)}"
+            for name, value in vars(self).items()
+        )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What of a call decides about its kernel; `alignment` in bytes, of all its pointers."""
+
+    C: int
+    X_T: torch.dtype
+    B_T: torch.dtype
+    Y_T: torch.dtype
+    W_T: torch.dtype
+    BRANCH: bool
+    BIAS: bool
+    alignment: int = 16
+
+    def vec(self) -> int:
+        """The most elements whose accesses are at most 16 bytes of the wider type, and aligned."""
+        sizes = [t.itemsize for t in (self.X_T, self.B_T, self.Y_T, self.W_T)]
+        vec = 16 // max(sizes)
+        while self.C % vec or max(sizes) * vec > self.alignment:
+            vec //= 2
+        return vec
+
+    def plan(self, threads: int, rows: int, cached: bool, forward: bool) -> Plan:
+        types = (self.X_T, self.B_T, self.Y_T, self.W_T)
+        flags = (self.BRANCH, self.BIAS, forward)
+        return Plan(self.C, self.vec(), threads, rows, cached, *types, *flags)
+
+    def forward(self) -> Plan:
+        """A warp a row where that fits, else as few warps as do; past them rows are read again."""
+        for threads in (32, 64, 128, 256, 512):
+            held = -(-self.C // (threads * self.vec())) * self.vec()
+            if held <= (HELD_BY_A_WARP if threads == 32 else HELD):
+                return self.plan(threads, 4 if threads == 32 else 1, True, forward=True)
+        return self.plan(512, 1, False, forward=True)
+
+    def backward(self) -> Plan:
+        """At most 256 threads a row, each with as many accesses as the next, to the last warp."""
+        accesses = self.C // self.vec()
+        steps = -(-accesses // 256)
+        if steps * self.vec() > HELD:
+            return self.plan(256, 1, False, forward=False)
+        return self.plan(-(-accesses // (steps * 32)) * 32, 1, True, forward=False)
+
+
+def forward_cuda(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y in `dtype`, stream (empty where there is no branch), mean and rstd."""
+    x, weight = x.contiguous(), weight.contiguous()
+    branch = None if branch is None else branch.contiguous()
+    bias = None if bias is None else bias.to(weight.dtype).contiguous()
+    y, stream, mean, rstd = forward_fake(x, branch, weight, bias, eps, dtype)
+    n_rows = mean.numel()
+    if n_rows:
+        kind = kind_of(x, branch, y, weight, bias is not None, (branch, y, stream, bias))
+        plan = kind.forward()
+        launch(
+            plan,
+            "layer_norm_forward",
+            (-(-n_rows // plan.ROWS), 1),
+            plan.THREADS * plan.ROWS,
+            (x, branch, weight, bias, y, stream, mean, rstd, n_rows, eps),
+        )
+    return y, stream, mean, rstd
+
+
+def forward_fake(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.shape[:-1].numel()
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    stream = torch.empty(x.shape if branch is not None else (0,), dtype=x.dtype, device=x.device)
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    return y, stream, mean, torch.empty_like(mean)
+
+
+def backward_cuda(
+    dy: Tensor,
+    dstream: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (of x and of the branch alike), dweight, dbias (empty without a bias)."""
+    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
+    dstream = None if dstream is None else dstream.contiguous()
+    dx, dweight, dbias = backward_fake(dy, dstream, x, weight, mean, rstd, has_bias)
+    n_rows, C = mean.numel(), x.shape[-1]
+    if n_rows == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    kind = kind_of(x, dstream, dy, weight, has_bias, (dstream, dx))
+    plan = kind.backward()
+    # Enough blocks to keep every multiprocessor busy, few enough that their partial sums, 16 bytes
+    # a feature and block, stay below a tenth of what the rows themselves cost.
+    blocks = min(n_rows, max(multiprocessors(x.device.index), min(8 * 132, n_rows // 32)))
+    partial = torch.empty(blocks, 2, C, dtype=torch.float32, device=x.device)
+    launch(
+        plan,
+        "layer_norm_backward",
+        (blocks, 1),
+        plan.THREADS,
+        (dy, dstream, x, weight, mean, rstd, dx, partial, n_rows),
+    )
+    if not plan.CACHED:
+        arguments = (dy, x, mean, rstd, partial, n_rows)
+        launch(plan, "layer_norm_columns", (-(-C // 256), blocks), 256, arguments)
+    launch(
+        plan,
+        "layer_norm_finalise",
+        (-(-2 * C // 32), 1),
+        256,
+        (partial, dweight, dbias, c_int(blocks)),
+    )
+    return dx, dweight, dbias
+
+
+def backward_fake(
+    dy: Tensor,
+    dstream: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+    return dx, dweight, torch.empty_like(dweight) if has_bias else dweight.new_empty(0)
+
+
+def kind_of(
+    x: Tensor,
+    branch: Tensor | None,
+    y: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    others: tuple[Tensor | None, ...],
+) -> Kind:
+    """The kind of a call on these tensors; `others` are pointers that must be aligned as well."""
+    for name, tensor in (("x", x), ("branch", branch), ("y", y), ("weight", weight)):
+        if tensor is not None and tensor.dtype not in TYPES:
+            raise TypeError(
+                f"layer_norm: {name} is {tensor.dtype}; expected float32, bfloat16 or float16"
+            )
+    pointers = [t.data_ptr() for t in (x, y, weight, *others) if t is not None]
+    alignment = 16
+    while any(p % alignment for p in pointers):
+        alignment //= 2
+    B_T = x.dtype if branch is None else branch.dtype
+    return Kind(
+        x.shape[-1], x.dtype, B_T, y.dtype, weight.dtype, branch is not None, has_bias, alignment
+    )
+
+
+@cache
+def architecture(device: int) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(
+    plan: Plan, name: str, grid: tuple[int, int], threads: int, arguments: tuple[Any, ...]
+) -> None:
+    """Queue a kernel on torch's current stream. Tensors go as pointers, None as a null pointer."""
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    values: list[Any] = []
+    types: list[Any] = []
+    for argument in arguments:
+        if argument is None or isinstance(argument, Tensor):
+            values.append(0 if argument is None else argument.data_ptr())
+            types.append(c_void_p)
+        elif isinstance(argument, c_int):
+            values.append(argument.value)
+            types.append(c_int)
+        else:
+            values.append(argument)
+            types.append(c_float if isinstance(argument, float) else c_longlong)
+    with torch.cuda.device(device):
+        function = nvrtc.kernel(
+            SOURCE, plan.options(), architecture(device.index), device.index, name
+        )
+        stream = torch.cuda.current_stream(device).cuda_stream
+        nvrtc.launch(function, grid, threads, stream, tuple(values), tuple(types))
+
+
+LIBRARY = torch.library.Library("gpt_norms", "DEF")
+LIBRARY.define(
+    "layer_norm(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, float eps, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "layer_norm_backward(Tensor dy, Tensor? dstream, Tensor x, Tensor weight, Tensor mean,"
+    " Tensor rstd, bool has_bias) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl("layer_norm", forward_cuda, "CUDA")
+LIBRARY.impl("layer_norm_backward", backward_cuda, "CUDA")
+torch.library.register_fake("gpt_norms::layer_norm", forward_fake, lib=LIBRARY)
+torch.library.register_fake("gpt_norms::layer_norm_backward", backward_fake, lib=LIBRARY)
+
+
+class AddNorm(torch.autograd.Function):
+    """The op with its gradient. A plain Function costs a third of `register_autograd` a call."""
+
+    @staticmethod
+    def forward(ctx, x, branch, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
+        y, stream, mean, rstd = torch.ops.gpt_norms.layer_norm(x, branch, weight, bias, eps, dtype)
+        ctx.save_for_backward(x if branch is None else stream, weight, mean, rstd)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.branch_dtype = None if branch is None else branch.dtype
+        ctx.set_materialize_grads(False)
+        return y, stream
+
+    @staticmethod
+    def backward(ctx, dy, dstream):  # type: ignore[no-untyped-def]
+        x, weight, mean, rstd = ctx.saved_tensors
+        if ctx.branch_dtype is None:
+            dstream = None
+        if dy is None:
+            dx, dweight, dbias = dstream, None, None
+        else:
+            dx, dweight, dbias = torch.ops.gpt_norms.layer_norm_backward(
+                dy, dstream, x, weight, mean, rstd, ctx.bias_dtype is not None
+            )
+            dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+        dbranch = None if ctx.branch_dtype is None or dx is None else dx.to(ctx.branch_dtype)
+        return dx, dbranch, dweight, dbias, None, None
+
+
+def warmup(
+    C: int, stream: torch.dtype, branch: torch.dtype, weight: torch.dtype, bias: bool = True
+) -> None:
+    """Compile and load the kernels for rows of C features on the current device, forward and
+    backward, with and without a branch: before a CUDA graph is captured, or a clock is started."""
+    x = torch.zeros(1, C, dtype=stream, device="cuda", requires_grad=True)
+    gamma = torch.ones(C, dtype=weight, device="cuda", requires_grad=True)
+    beta = torch.zeros(C, dtype=weight, device="cuda", requires_grad=True) if bias else None
+    for dtype in {stream, branch}:
+        y, _ = AddNorm.apply(x, None, gamma, beta, 1e-5, dtype)
+        y.sum().backward()
+        y, total = AddNorm.apply(x, torch.zeros_like(x, dtype=branch), gamma, beta, 1e-5, dtype)
+        (y.sum() + total.sum()).backward()
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on, so that the next product need not cast; else x's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """γ (x − μ)/√(σ² + ε) + β over the last axis, biased σ²."""
+    return AddNorm.apply(x, None, weight, bias, eps, output_dtype(x))[0]
+
+
+def add_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(LayerNorm of x + branch, x + branch), in one pass over memory."""
+    return AddNorm.apply(x, branch, weight, bias, eps, output_dtype(x))

@@ -1,0 +1,111 @@
+"""Compile CUDA C++ at run time and launch it, by NVRTC and the driver through `cuda.bindings`.
+
+torch's CUDA wheels already require both, so that a user needs no toolkit and no compiler. A
+compiled kernel is kept in the user's cache directory under a hash of source, options and
+architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gpt.errors import MissingInput
+
+
+def bindings() -> tuple[Any, Any]:
+    """`cuda.bindings`' driver and nvrtc, or the one line that says what to install."""
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        check(nvrtc, nvrtc.nvrtcVersion())
+    except (ImportError, RuntimeError) as error:
+        raise MissingInput(
+            "CUDA kernels need NVRTC and cuda-bindings, which torch's CUDA wheels bring along; "
+            f"pip install cuda-bindings nvidia-cuda-nvrtc ({error})"
+        ) from error
+    return driver, nvrtc
+
+
+def check(module: Any, result: tuple[Any, ...]) -> Any:
+    """The value of a call to `cuda.bindings`; RuntimeError where its status is not success."""
+    status, *values = result
+    if int(status) != 0:
+        raise RuntimeError(f"{module.__name__}: {status.name}")
+    return values[0] if values else None
+
+
+def compile_source(source: str, options: tuple[str, ...], arch: str) -> tuple[bytes, str]:
+    """CUDA C++ as machine code for `arch` (`sm_90`), and the compiler's log.
+
+    RuntimeError with the log where it does not compile.
+    """
+    _, nvrtc = bindings()
+    program = check(nvrtc, nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    arguments = [f"--gpu-architecture={arch}", "--std=c++17", *options]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), [a.encode() for a in arguments])
+    log = bytes(check(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
+    check(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
+    text = log.decode().strip("\0 ")
+    if int(status) != 0:
+        raise RuntimeError(f"{' '.join(arguments)}:\n{text}")
+    cubin = bytes(check(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
+    check(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
+    nvrtc.nvrtcDestroyProgram(program)
+    return cubin, text
+
+
+def cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gpt-norms"
+
+
+def cached_cubin(source: str, options: tuple[str, ...], arch: str) -> bytes:
+    """`compile_source`, remembered on disk; a cache that cannot be written is done without."""
+    key = hashlib.sha256("\0".join([source, arch, *options]).encode()).hexdigest()
+    path = cache_dir() / f"{key}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    cubin, _ = compile_source(source, options, arch)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)  # whole or not there, whoever else writes it
+    return cubin
+
+
+@cache
+def kernel(source: str, options: tuple[str, ...], arch: str, device: int, name: str) -> Any:
+    """The function `name` of a compiled source, loaded on `device`, whose context is current."""
+    driver, _ = bindings()
+    return check(
+        driver, driver.cuModuleGetFunction(module(source, options, arch, device), name.encode())
+    )
+
+
+@cache
+def module(source: str, options: tuple[str, ...], arch: str, device: int) -> Any:
+    driver, _ = bindings()
+    return check(driver, driver.cuModuleLoadData(cached_cubin(source, options, arch)))
+
+
+def launch(
+    function: Any,
+    grid: tuple[int, int],
+    threads: int,
+    stream: int,
+    values: tuple[Any, ...],
+    types: tuple[Any, ...],
+) -> None:
+    """Queue `function` on `stream` with `threads` threads a block; nothing is waited for."""
+    driver, _ = bindings()
+    check(
+        driver,
+        driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, 0, stream, (values, types), 0),
+    )

@@ -1,0 +1,250 @@
+"""LayerNorm kernels side by side on this GPU: python scripts/bench_norms.py [OUT_DIR]
+
+Forward and backward of N rows of C features, with and without the residual add, cold (the L2 cache
+flushed before each call) and warm, by this project's kernel and every peer that imports. Each row
+alternates between the kernels (A B C A B C …) and prints medians: time, bandwidth as a share of a
+copy measured in the same run, and the ratio to F.layer_norm. Writes bench_norms.json and .png.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt import cli
+from gpt.errors import MissingInput
+from gpt.kernels.layer_norm import add_norm, layer_norm
+
+ROWS = (8192, 65536)
+WIDTHS = (768, 1024, 1280, 1600, 4096)
+PRECISIONS = ("bf16", "fp32", "autocast")  # autocast: fp32 stream and weights, bf16 branch and y
+REPEATS = 30
+Norm = Callable[[Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def ours(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return (layer_norm(x, w, b, 1e-5), x) if branch is None else add_norm(x, branch, w, b, 1e-5)
+
+
+def native(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """F.layer_norm; under autocast it computes and returns fp32, and the next product casts."""
+    stream = x if branch is None else x + branch
+    y = F.layer_norm(stream, w.shape, w, b, 1e-5)
+    if torch.is_autocast_enabled("cuda"):
+        y = y.to(torch.get_autocast_dtype("cuda"))
+    return y, stream
+
+
+def peers() -> dict[str, Norm]:
+    """The kernels of other packages that are installed, by name, over a stream made by torch."""
+    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+    try:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        found["liger"] = lambda x, w, b: LigerLayerNormFunction.apply(x, w, b, 1e-5)
+    except ImportError:
+        pass
+    try:
+        from quack.layernorm import layernorm
+
+        found["quack"] = lambda x, w, b: layernorm(x, w.float(), b.float(), 1e-5)
+    except ImportError:
+        pass
+    try:
+        from apex.contrib.layer_norm.layer_norm import _fast_layer_norm
+
+        found["apex"] = lambda x, w, b: _fast_layer_norm(x, w, b, 1e-5, False)
+    except ImportError:
+        pass
+    try:
+        from transformer_engine.pytorch import LayerNorm
+
+        modules: dict[Any, Any] = {}
+
+        def transformer_engine(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            key = (w.shape, w.dtype)
+            if key not in modules:
+                modules[key] = LayerNorm(w.shape[0], eps=1e-5).to("cuda", w.dtype)
+            return modules[key](x)
+
+        found["transformer_engine"] = transformer_engine
+    except ImportError:
+        pass
+
+    def over_a_sum(norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Norm:
+        def run(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            stream = x if branch is None else x + branch
+            return norm(stream, w, b), stream
+
+        return run
+
+    return {name: over_a_sum(norm) for name, norm in found.items()}
+
+
+def bytes_moved(precision: str, direction: str, residual: bool) -> int:
+    """The least that one element costs: what must be read and written once."""
+    stream, other = {"bf16": (2, 2), "fp32": (4, 4), "autocast": (4, 2)}[precision]
+    if direction == "forward":
+        return stream + other + residual * (stream + other)
+    return 2 * stream + other + residual * stream
+
+
+def time_once(call: Callable[[], Any], flush: Tensor | None) -> float:
+    """Milliseconds on the device."""
+    if flush is not None:
+        flush.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def medians(
+    calls: dict[str, Callable[[], Any]], flush: Tensor | None, repeats: int = REPEATS
+) -> dict[str, float]:
+    """The median time of each call, taken in turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(5):
+        for call in calls.values():
+            call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(time_once(call, flush))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copy_bandwidth(flush: Tensor) -> float:
+    """Bytes a millisecond that a copy of 1 GiB reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / medians({"copy": lambda: target.copy_(source)}, flush)["copy"]
+
+
+def measure(
+    norms: dict[str, Norm], N: int, C: int, precision: str, residual: bool, flush: Tensor
+) -> dict[tuple[str, str], dict[str, float]]:
+    """(direction, cold or warm) → milliseconds by kernel."""
+    stream = torch.bfloat16 if precision == "bf16" else torch.float32
+    other = torch.float32 if precision == "fp32" else torch.bfloat16
+    x = torch.randn(N, C, device="cuda").to(stream).requires_grad_()
+    branch = torch.randn(N, C, device="cuda").to(other).requires_grad_() if residual else None
+    w = torch.randn(C, device="cuda").to(stream).requires_grad_()
+    b = torch.randn(C, device="cuda").to(stream).requires_grad_()
+    inputs = [t for t in (x, branch, w, b) if t is not None]
+    forward: dict[str, Callable[[], Any]] = {}
+    backward: dict[str, Callable[[], Any]] = {}
+    for name, norm in norms.items():
+
+        def run(norm: Norm = norm) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
+                return norm(x, branch, w, b)
+
+        try:
+            y, total = run()
+            outputs = [y] if branch is None else [y, total]
+            gradients = [torch.randn_like(t) for t in outputs]
+            torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+        except Exception as error:  # a peer that cannot do this case is left out of it
+            print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        forward[name] = run
+        backward[name] = partial(torch.autograd.grad, outputs, inputs, gradients, retain_graph=True)
+    return {
+        (direction, state): medians(calls, flush if state == "cold" else None)
+        for direction, calls in (("forward", forward), ("backward", backward))
+        for state in ("cold", "warm")
+    }
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise MissingInput("bench_norms needs a CUDA device")
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+    out.mkdir(parents=True, exist_ok=True)
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # past any L2 cache
+    copy = copy_bandwidth(flush)
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "copy_tb_per_s": copy / 1e9,
+    }
+    print(json.dumps(machine))
+    norms = {"ours": ours, "native": native, "compiled": torch.compile(native), **peers()}
+    results = []
+    for N in ROWS:
+        for C in WIDTHS:
+            for precision in PRECISIONS:
+                for residual in (False, True):
+                    case = {"N": N, "C": C, "precision": precision, "residual": residual}
+                    measured = measure(norms, N, C, precision, residual, flush)
+                    for (direction, state), times in measured.items():
+                        floor = N * C * bytes_moved(precision, direction, residual) / copy
+                        row = {
+                            **case,
+                            "direction": direction,
+                            "state": state,
+                            "ms": times,
+                            "share_of_copy": {k: floor / t for k, t in times.items()},
+                            "speedup_over_native": {
+                                k: times["native"] / t for k, t in times.items()
+                            },
+                        }
+                        results.append(row)
+                        print(describe(row))
+    (out / "bench_norms.json").write_text(
+        json.dumps({"machine": machine, "rows": results}, indent=1)
+    )
+    draw(results, out / "bench_norms.png")
+
+
+def describe(row: dict[str, Any]) -> str:
+    head = f"N={row['N']:<6} C={row['C']:<5} {row['precision']:<8} "
+    head += f"{'residual' if row['residual'] else '':<8} {row['direction']:<8} {row['state']:<4}"
+    cells = (
+        f"{name} {ms * 1e3:.1f}µs {row['share_of_copy'][name]:.2f} "
+        f"{row['speedup_over_native'][name]:.2f}×"
+        for name, ms in row["ms"].items()
+    )
+    return f"{head}  {'  |  '.join(cells)}"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The share of the copy bandwidth by width, cold, with the residual: a panel for each case."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    columns = [(d, N) for d in ("forward", "backward") for N in ROWS]
+    figure, axes = plt.subplots(
+        len(PRECISIONS), len(columns), figsize=(14, 8), sharey=True, layout="constrained"
+    )
+    for i, precision in enumerate(PRECISIONS):
+        for j, (direction, N) in enumerate(columns):
+            want = {"precision": precision, "direction": direction, "N": N, "state": "cold"}
+            chosen = [r for r in rows if r["residual"] and want.items() <= r.items()]
+            for name in chosen[0]["ms"] if chosen else []:
+                points = [(r["C"], r["share_of_copy"].get(name)) for r in chosen]
+                axes[i, j].plot(*zip(*points, strict=True), "o-", label=name)
+            axes[i, j].set_title(f"{direction}, N={N}, {precision}", fontsize=9)
+            axes[i, j].grid(alpha=0.25)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("features a row")
+    figure.supylabel("share of the copy bandwidth")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    cli.run(main)

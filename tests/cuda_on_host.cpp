@@ -1,0 +1,154 @@
+// Runs layer_norm.cu on the host, thread by thread: each CUDA thread is a fiber, a shuffle waits
+// for its warp and a barrier for its block, as on the device. Slow and exact.
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define CUDA_ON_HOST
+#define __device__
+#define __global__
+#define __shared__ static  // blocks run one after the other
+#define __launch_bounds__(n)
+
+struct Index { unsigned x, y, z; };
+static Index threadIdx, blockIdx, gridDim;
+
+namespace fibers {
+enum State { READY, AT_SHUFFLE, AT_BARRIER, DONE };
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    State state = READY;
+    int shuffles = 0;
+    float slot[2];  // what this lane offers to the even and the odd shuffle
+};
+static std::vector<Fiber> all;
+static ucontext_t scheduler;
+static unsigned current;
+static const std::function<void()>* body;
+
+static void entry() {
+    (*body)();
+    all[current].state = DONE;
+}
+static void wait(State state) {
+    const unsigned self = current;
+    all[self].state = state;
+    swapcontext(&all[self].context, &scheduler);
+}
+// Release the fibers [first, past) if all of them that still run wait for the same thing.
+static bool release(unsigned first, unsigned past, State state) {
+    bool any = false;
+    for (unsigned i = first; i < past; i++) {
+        if (all[i].state == DONE) continue;
+        if (all[i].state != state) return false;
+        any = true;
+    }
+    for (unsigned i = first; any && i < past; i++)
+        if (all[i].state == state) all[i].state = READY;
+    return any;
+}
+static void run_block(unsigned threads) {
+    all = std::vector<Fiber>(threads);
+    for (unsigned i = 0; i < threads; i++) {
+        Fiber& f = all[i];
+        const size_t size = 64 << 10;
+        f.stack.reset(new char[size]);
+        getcontext(&f.context);
+        f.context.uc_stack = {f.stack.get(), 0, size};
+        f.context.uc_link = &scheduler;
+        makecontext(&f.context, entry, 0);
+    }
+    for (;;) {
+        bool ran = false, alive = false;
+        for (unsigned i = 0; i < threads; i++) {
+            if (all[i].state != DONE) alive = true;
+            if (all[i].state != READY) continue;
+            ran = true;
+            current = i;
+            threadIdx = {i, 0, 0};
+            swapcontext(&scheduler, &all[i].context);
+        }
+        if (!alive) return;
+        bool released = false;
+        for (unsigned warp = 0; warp < threads; warp += 32)
+            released |= release(warp, warp + 32 < threads ? warp + 32 : threads, AT_SHUFFLE);
+        released |= release(0, threads, AT_BARRIER);
+        if (!ran && !released) {
+            std::fprintf(stderr, "deadlock: threads of a block wait for different things\n");
+            std::abort();
+        }
+    }
+}
+}  // namespace fibers
+
+static void launch(Index grid, unsigned threads, const std::function<void()>& body) {
+    fibers::body = &body;
+    gridDim = grid;
+    for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
+        for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) fibers::run_block(threads);
+}
+
+static void __syncthreads() { fibers::wait(fibers::AT_BARRIER); }
+static float __shfl_xor_sync(unsigned, float value, int step) {
+    const unsigned self = fibers::current;
+    const int turn = fibers::all[self].shuffles++ % 2;
+    fibers::all[self].slot[turn] = value;
+    fibers::wait(fibers::AT_SHUFFLE);
+    return fibers::all[self ^ step].slot[turn];
+}
+static float __uint_as_float(unsigned u) { float f; std::memcpy(&f, &u, 4); return f; }
+static unsigned __float_as_uint(float f) { unsigned u; std::memcpy(&u, &f, 4); return u; }
+
+static float half_to_float(unsigned short h) {
+    const int exponent = h >> 10 & 31, fraction = h & 1023;
+    float f = exponent == 0    ? std::ldexp((float)fraction, -24)
+              : exponent == 31 ? (fraction ? NAN : INFINITY)
+                               : std::ldexp((float)(1024 + fraction), exponent - 25);
+    return h & 0x8000 ? -f : f;
+}
+static unsigned short float_to_half(float f) {  // to nearest even
+    const unsigned short sign = std::signbit(f) ? 0x8000 : 0;
+    const float a = std::fabs(f);
+    if (a != a) return sign | 0x7e00;
+    if (a >= 65520.0f) return sign | 0x7c00;
+    int exponent;
+    std::frexp(a, &exponent);
+    exponent = a == 0 ? -13 : exponent < -13 ? -13 : exponent;  // subnormals share one exponent
+    const long units = std::lrint(std::ldexp((double)a, 11 - exponent));
+    return sign | (unsigned short)(((exponent + 13) << 10) + units);
+}
+
+#include "layer_norm.cu"
+
+extern "C" {
+#if FORWARD
+void forward(unsigned blocks, const X_T* x, const B_T* branch, const W_T* weight, const W_T* bias,
+             Y_T* y, X_T* stream, float* mean, float* rstd, i64 n_rows, float eps) {
+    launch({blocks, 1, 1}, THREADS * ROWS, [=] {
+        layer_norm_forward(x, branch, weight, bias, y, stream, mean, rstd, n_rows, eps);
+    });
+}
+#else
+void backward(unsigned blocks, const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight,
+              const float* mean, const float* rstd, X_T* dx, float* partial, i64 n_rows) {
+    launch({blocks, 1, 1}, THREADS,
+           [=] { layer_norm_backward(dy, dstream, x, weight, mean, rstd, dx, partial, n_rows); });
+}
+void columns(unsigned chunks, const Y_T* dy, const X_T* x, const float* mean, const float* rstd,
+             float* partial, i64 n_rows) {
+    launch({(C + 255) / 256, chunks, 1}, 256,
+           [=] { layer_norm_columns(dy, x, mean, rstd, partial, n_rows); });
+}
+void finalise(const float* partial, W_T* dweight, W_T* dbias, int n_partial) {
+    launch({(2 * C + 31) / 32, 1, 1}, 256,
+           [=] { layer_norm_finalise(partial, dweight, dbias, n_partial); });
+}
+#endif
+}
