@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from gpt import cli
 from gpt.config import Config, load_config, save_config, typed
@@ -108,6 +109,22 @@ def test_every_sweep_composes_and_its_parameters_exist(path: Path) -> None:
                 typed(compose("train", [f"{key}={value}"]))
 
 
+def test_the_wandb_sweep_asks_what_the_sweep_file_asks() -> None:
+    """Its agent's arguments are overrides of ours; the two files are one question."""
+    agent = OmegaConf.load(CONFIGS / "wandb_sweep.yaml")
+    ours = OmegaConf.load(CONFIGS / "sweep" / "norms.yaml")
+    asked = {
+        key: ",".join(map(str, spec["values"]))
+        for key, spec in agent.parameters.items()
+        if "values" in spec
+    }
+    assert asked == dict(ours.hydra.sweeper.params)
+    assert agent.parameters["optim.lr"]["value"] == ours.optim.lr
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = typed(compose("train", [f"{k}={v.split(',')[0]}" for k, v in asked.items()]))
+    assert cfg.train.batch_size == 4
+
+
 def test_the_registry_and_the_yaml_files_have_the_same_norms() -> None:
     import gpt.norms  # noqa: F401
     from gpt.norms.registry import NORMS
@@ -128,7 +145,6 @@ def test_help_needs_no_torch() -> None:
 @settings(deadline=None, max_examples=100)
 def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
 
     override = OverridesParser.create().parse_override(cli.literal(f"prompt={text}", "prompt"))
     assert OmegaConf.create({"prompt": override.value()}).prompt == text

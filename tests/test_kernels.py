@@ -84,8 +84,10 @@ def test_missing_bindings_are_one_line_that_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+    nvrtc.bindings.cache_clear()
     with pytest.raises(MissingInput, match="pip install cuda-bindings nvidia-cuda-nvrtc"):
         nvrtc.bindings()
+    nvrtc.bindings.cache_clear()
 
 
 # --- the arithmetic, on the host ----------------------------------------------------------------

@@ -92,6 +92,16 @@ class Kind:
         return self.plan(-(-accesses // (steps * 32)) * 32, 1, True, forward=False)
 
 
+@cache
+def choose(kind: Kind, forward: bool) -> Plan:
+    return kind.forward() if forward else kind.backward()
+
+
+@cache
+def kernel(plan: Plan, device: int, name: str) -> Any:
+    return nvrtc.kernel(SOURCE, plan.options(), architecture(device), device, name)
+
+
 def forward_cuda(
     x: Tensor,
     branch: Tensor | None,
@@ -108,7 +118,7 @@ def forward_cuda(
     n_rows = mean.numel()
     if n_rows:
         kind = kind_of(x, branch, y, weight, bias is not None, (branch, y, stream, bias))
-        plan = kind.forward()
+        plan = choose(kind, forward=True)
         launch(
             plan,
             "layer_norm_forward",
@@ -151,7 +161,7 @@ def backward_cuda(
     if n_rows == 0:
         return dx, dweight.zero_(), dbias.zero_()
     kind = kind_of(x, dstream, dy, weight, has_bias, (dstream, dx))
-    plan = kind.backward()
+    plan = choose(kind, forward=False)
     # Enough blocks to keep every multiprocessor busy, few enough that their partial sums, 16 bytes
     # a feature and block, stay below a tenth of what the rows themselves cost.
     blocks = min(n_rows, max(multiprocessors(x.device.index), min(8 * 132, n_rows // 32)))
@@ -242,9 +252,7 @@ def launch(
             values.append(argument)
             types.append(c_float if isinstance(argument, float) else c_longlong)
     with torch.cuda.device(device):
-        function = nvrtc.kernel(
-            SOURCE, plan.options(), architecture(device.index), device.index, name
-        )
+        function = kernel(plan, device.index, name)
         stream = torch.cuda.current_stream(device).cuda_stream
         nvrtc.launch(function, grid, threads, stream, tuple(values), tuple(types))
 

@@ -18,6 +18,7 @@ from typing import Any
 from gpt.errors import MissingInput
 
 
+@cache
 def bindings() -> tuple[Any, Any]:
     """`cuda.bindings`' driver and nvrtc, or the one line that says what to install."""
     try:
@@ -80,7 +81,6 @@ def cached_cubin(source: str, options: tuple[str, ...], arch: str) -> bytes:
     return cubin
 
 
-@cache
 def kernel(source: str, options: tuple[str, ...], arch: str, device: int, name: str) -> Any:
     """The function `name` of a compiled source, loaded on `device`, whose context is current."""
     driver, _ = bindings()
