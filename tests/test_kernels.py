@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.errors import MissingInput
-from gpt.kernels import layer_norm as kernels
 from gpt.kernels import nvrtc
-from gpt.kernels.layer_norm import SOURCE, Kind, Plan, add_norm, layer_norm
-from tests.conftest import REPO, run_program
+from gpt.kernels.layer_norm import SOURCE, Kind, Plan
+from tests.conftest import REPO
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # x, branch, y, weights: fp32; all bf16; all fp16; GPT-2 under autocast; mixed at will
@@ -88,6 +84,23 @@ def test_missing_bindings_are_one_line_that_says_what_to_install(
     with pytest.raises(MissingInput, match="pip install cuda-bindings nvidia-cuda-nvrtc"):
         nvrtc.bindings()
     nvrtc.bindings.cache_clear()
+
+
+@pytest.mark.parametrize("C", [1, 7, 33, 768, 1023, 8192, 8193, 50_000])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
+def test_plans_are_valid(C: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    for alignment in (16, 8, 4, 2):
+        if alignment < max(d.itemsize for d in dtypes):
+            continue
+        kind = Kind(C, *dtypes, BRANCH=True, BIAS=True, alignment=alignment)
+        for plan in (kind.forward(), kind.backward()):
+            assert C % plan.VEC == 0
+            assert plan.VEC * max(d.itemsize for d in dtypes) <= alignment
+            assert plan.THREADS % 32 == 0
+            assert plan.ROWS == 1 or plan.THREADS == 32
+            assert plan.THREADS * plan.ROWS <= 1024
+            if plan.CACHED:
+                assert -(-C // (plan.THREADS * plan.VEC)) * plan.VEC <= 56
 
 
 # --- the arithmetic, on the host ----------------------------------------------------------------
@@ -254,208 +267,3 @@ def test_an_error_in_the_kernel_is_seen(builds: Path, tmp_path: Path) -> None:
             ctypes.c_longlong(3), ctypes.c_float(1e-5),
         )  # fmt: skip
         assert not close(y, F.layer_norm(x.double(), (768,), None, None, 1e-5)), new
-
-
-# --- torch's side -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cpu_reference() -> Iterator[None]:
-    """The op on the CPU, by formula, so that everything around the kernels runs without a GPU."""
-
-    def forward(x, branch, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
-        y, stream, mean, rstd = kernels.forward_fake(x, branch, weight, bias, eps, dtype)
-        added = x if branch is None else (x.float() + branch.float()).to(x.dtype)
-        if branch is not None:
-            stream.copy_(added)
-        rows = added.float().flatten(0, -2) if x.dim() > 1 else added.float()[None]
-        variance, mu = torch.var_mean(rows, -1, unbiased=False)
-        mean.copy_(mu), rstd.copy_((variance + eps).rsqrt())
-        y.copy_(F.layer_norm(added.float(), x.shape[-1:], weight.float(), None, eps))
-        if bias is not None:
-            y.copy_(y.float() + bias.float())
-        return y, stream, mean, rstd
-
-    def backward(dy, dstream, x, weight, mean, rstd, has_bias):  # type: ignore[no-untyped-def]
-        dx, dweight, dbias = kernels.backward_fake(dy, dstream, x, weight, mean, rstd, has_bias)
-        x_hat = (x.float() - mean.view(*x.shape[:-1], 1)) * rstd.view(*x.shape[:-1], 1)
-        g = dy.float() * weight.float()
-        value = g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)
-        value = value * rstd.view(*x.shape[:-1], 1)
-        dx.copy_(value if dstream is None else value + dstream.float())
-        dweight.copy_((dy.float() * x_hat).flatten(0, -2).sum(0))
-        if has_bias:
-            dbias.copy_(dy.float().flatten(0, -2).sum(0))
-        return dx, dweight, dbias
-
-    library = torch.library.Library("gpt_norms", "IMPL")
-    library.impl("layer_norm", forward, "CPU")
-    library.impl("layer_norm_backward", backward, "CPU")
-    yield
-    library._destroy()
-
-
-def test_torch_accepts_the_ops(cpu_reference: None) -> None:
-    x, branch, weight, bias = (
-        torch.randn(2, 3, 8),
-        torch.randn(2, 3, 8),
-        torch.ones(8),
-        torch.ones(8),
-    )
-    ops = torch.ops.gpt_norms
-    for added in (None, branch):
-        torch.library.opcheck(ops.layer_norm.default, (x, added, weight, bias, 1e-5, BF16))
-    mean, rstd = torch.zeros(6), torch.ones(6)
-    for dstream in (None, branch):
-        arguments = (x, dstream, x, weight, mean, rstd, True)
-        torch.library.opcheck(ops.layer_norm_backward.default, arguments)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradients_reach_both_summands_and_the_weights(cpu_reference: None, bias: bool) -> None:
-    torch.manual_seed(0)
-    x, branch = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)
-    weight = torch.randn(8, requires_grad=True)
-    beta = torch.randn(8, requires_grad=True) if bias else None
-    inputs = [t for t in (x, branch, weight, beta) if t is not None]
-    dy, dstream = torch.randn(2, 2, 3, 8)
-
-    y, stream = add_norm(x, branch, weight, beta, 1e-5)
-    ours = torch.autograd.grad([y, stream], inputs, [dy, dstream])
-    total = x + branch
-    theirs = torch.autograd.grad(
-        [F.layer_norm(total, (8,), weight, beta, 1e-5), total], inputs, [dy, dstream]
-    )
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    only_stream = torch.autograd.grad(add_norm(x, branch, weight, beta, 1e-5)[1], x, dstream)
-    torch.testing.assert_close(only_stream[0], dstream)
-
-
-def test_autocast_decides_the_output_s_dtype(cpu_reference: None) -> None:
-    x, weight = torch.randn(2, 8, requires_grad=True), torch.ones(8)
-    with torch.autocast("cpu", BF16):
-        y = layer_norm(x, weight, None, 1e-5)
-    assert y.dtype == BF16
-    y.float().sum().backward()
-    assert x.grad is not None
-    assert x.grad.dtype == F32
-    assert layer_norm(x, weight, None, 1e-5).dtype == F32
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's own, of autograd.Function
-def test_compiles_whole_with_dynamic_shapes(cpu_reference: None) -> None:
-    weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
-
-    def block(x: Tensor, branch: Tensor) -> Tensor:
-        y, stream = add_norm(x, branch, weight, bias, 1e-5)
-        return (y * stream).sum()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
-    for rows in (2, 5, 9):
-        x, branch = torch.randn(rows, 8), torch.randn(rows, 8)
-        torch.testing.assert_close(compiled(x, branch), block(x, branch))
-
-
-@pytest.mark.parametrize("C", [1, 7, 33, 768, 1023, 8192, 8193, 50_000])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
-def test_plans_are_valid(C: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    for alignment in (16, 8, 4, 2):
-        if alignment < max(d.itemsize for d in dtypes):
-            continue
-        kind = Kind(C, *dtypes, BRANCH=True, BIAS=True, alignment=alignment)
-        for plan in (kind.forward(), kind.backward()):
-            assert C % plan.VEC == 0
-            assert plan.VEC * max(d.itemsize for d in dtypes) <= alignment
-            assert plan.THREADS % 32 == 0
-            assert plan.ROWS == 1 or plan.THREADS == 32
-            assert plan.THREADS * plan.ROWS <= 1024
-            if plan.CACHED:
-                assert -(-C // (plan.THREADS * plan.VEC)) * plan.VEC <= 56
-
-
-def test_choosing_the_norm_without_a_device_is_the_design_s_error() -> None:
-    from gpt.norms.registry import build_norm
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    with pytest.raises(MissingInput, match="needs a CUDA device; use norm=layer"):
-        build_norm("cuda_layer", 8)
-
-
-def test_the_norm_trains_like_layer_where_the_op_is_there(
-    cpu_reference: None, monkeypatch: pytest.MonkeyPatch, corpus: Path, tmp_path: Path
-) -> None:
-    from gpt.trainer import train
-    from tests.conftest import make_config, read_rows
-
-    losses = []
-    for norm in ("layer", "cuda_layer"):
-        cfg = make_config("data=text", f"data.path={corpus}", f"norm={norm}",
-                          f"run_dir={tmp_path}/{norm}")  # fmt: skip
-        with monkeypatch.context() as patch:
-            if norm == "cuda_layer":
-                patch.setattr("gpt.norms.cuda_layer.torch.cuda.is_available", lambda: True)
-            patch.setattr("gpt.device.resolve_device", lambda name: torch.device("cpu"))
-            patch.setattr("gpt.trainer.resolve_device", lambda name: torch.device("cpu"))
-            train(cfg)
-        losses.append([row["loss"] for row in read_rows(tmp_path / norm) if "loss" in row])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_unknown_dtypes_are_refused() -> None:
-    x = torch.randn(2, 8, dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"x is torch.float64; expected float32, bfloat16 or"):
-        kernels.kind_of(x, None, x, torch.ones(8), True, ())
-
-
-# --- the benchmark ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench", REPO / "scripts" / "bench_norms.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("precision", "bytes_an_element"),
-    [("bf16", [4, 8, 6, 8]), ("fp32", [8, 16, 12, 16]), ("autocast", [6, 12, 10, 14])],
-)
-def test_the_benchmark_s_floors_are_what_must_be_read_and_written(
-    bench: ModuleType, precision: str, bytes_an_element: list[int]
-) -> None:
-    cases = [(d, r) for d in ("forward", "backward") for r in (False, True)]
-    assert [bench.bytes_moved(precision, d, r) for d, r in cases] == bytes_an_element
-
-
-def test_the_benchmark_s_table_and_plot_hold_what_was_measured(
-    bench: ModuleType, tmp_path: Path
-) -> None:
-    rows = [
-        {
-            "N": N, "C": C, "precision": precision, "residual": True, "direction": direction,
-            "state": "cold", "ms": {"ours": 0.05, "native": 0.1},
-            "share_of_copy": {"ours": 0.9, "native": 0.45},
-            "speedup_over_native": {"ours": 2.0, "native": 1.0},
-        }
-        for N in bench.ROWS
-        for C in bench.WIDTHS
-        for precision in bench.PRECISIONS
-        for direction in ("forward", "backward")
-    ]  # fmt: skip
-    assert "ours 50.0µs 0.90 2.00×" in bench.describe(rows[0])
-    bench.draw(rows, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_a_gpu_the_benchmark_says_so_in_one_line() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    result = run_program(script="bench_norms")
-    assert result.returncode == 66
-    assert result.stderr == "error: bench_norms needs a CUDA device\n"

@@ -1,0 +1,61 @@
+"""The benchmark's arithmetic and drawing, which need no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.conftest import REPO, run_program
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench", REPO / "scripts" / "bench_norms.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("precision", "bytes_an_element"),
+    [("bf16", [4, 8, 6, 8]), ("fp32", [8, 16, 12, 16]), ("autocast", [6, 12, 10, 14])],
+)
+def test_the_benchmark_s_floors_are_what_must_be_read_and_written(
+    bench: ModuleType, precision: str, bytes_an_element: list[int]
+) -> None:
+    cases = [(d, r) for d in ("forward", "backward") for r in (False, True)]
+    assert [bench.bytes_moved(precision, d, r) for d, r in cases] == bytes_an_element
+
+
+def test_the_benchmark_s_table_and_plot_hold_what_was_measured(
+    bench: ModuleType, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "N": N, "C": C, "precision": precision, "residual": True, "direction": direction,
+            "state": "cold", "ms": {"ours": 0.05, "native": 0.1},
+            "share_of_copy": {"ours": 0.9, "native": 0.45},
+            "speedup_over_native": {"ours": 2.0, "native": 1.0},
+        }
+        for N in bench.ROWS
+        for C in bench.WIDTHS
+        for precision in bench.PRECISIONS
+        for direction in ("forward", "backward")
+    ]  # fmt: skip
+    assert "ours 50.0µs 0.90 2.00×" in bench.describe(rows[0])
+    bench.draw(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_gpu_the_benchmark_says_so_in_one_line() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    result = run_program(script="bench_norms")
+    assert result.returncode == 66
+    assert result.stderr == "error: bench_norms needs a CUDA device\n"

@@ -1,0 +1,149 @@
+"""torch's side of the CUDA LayerNorm: gradients, autocast, compile, on the CPU by formula."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt.errors import MissingInput
+from gpt.kernels import layer_norm as kernels
+from gpt.kernels.layer_norm import add_norm, layer_norm
+from tests.test_kernels import BF16, F32
+
+
+@pytest.fixture(scope="module")
+def cpu_reference() -> Iterator[None]:
+    """The op on the CPU, by formula, so that everything around the kernels runs without a GPU."""
+
+    def forward(x, branch, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
+        y, stream, mean, rstd = kernels.forward_fake(x, branch, weight, bias, eps, dtype)
+        added = x if branch is None else (x.float() + branch.float()).to(x.dtype)
+        if branch is not None:
+            stream.copy_(added)
+        rows = added.float().flatten(0, -2) if x.dim() > 1 else added.float()[None]
+        variance, mu = torch.var_mean(rows, -1, unbiased=False)
+        mean.copy_(mu), rstd.copy_((variance + eps).rsqrt())
+        y.copy_(F.layer_norm(added.float(), x.shape[-1:], weight.float(), None, eps))
+        if bias is not None:
+            y.copy_(y.float() + bias.float())
+        return y, stream, mean, rstd
+
+    def backward(dy, dstream, x, weight, mean, rstd, has_bias):  # type: ignore[no-untyped-def]
+        dx, dweight, dbias = kernels.backward_fake(dy, dstream, x, weight, mean, rstd, has_bias)
+        x_hat = (x.float() - mean.view(*x.shape[:-1], 1)) * rstd.view(*x.shape[:-1], 1)
+        g = dy.float() * weight.float()
+        value = g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)
+        value = value * rstd.view(*x.shape[:-1], 1)
+        dx.copy_(value if dstream is None else value + dstream.float())
+        dweight.copy_((dy.float() * x_hat).flatten(0, -2).sum(0))
+        if has_bias:
+            dbias.copy_(dy.float().flatten(0, -2).sum(0))
+        return dx, dweight, dbias
+
+    library = torch.library.Library("gpt_norms", "IMPL")
+    library.impl("layer_norm", forward, "CPU")
+    library.impl("layer_norm_backward", backward, "CPU")
+    yield
+    library._destroy()
+
+
+def test_torch_accepts_the_ops(cpu_reference: None) -> None:
+    x, branch, weight, bias = (
+        torch.randn(2, 3, 8),
+        torch.randn(2, 3, 8),
+        torch.ones(8),
+        torch.ones(8),
+    )
+    ops = torch.ops.gpt_norms
+    for added in (None, branch):
+        torch.library.opcheck(ops.layer_norm.default, (x, added, weight, bias, 1e-5, BF16))
+    mean, rstd = torch.zeros(6), torch.ones(6)
+    for dstream in (None, branch):
+        arguments = (x, dstream, x, weight, mean, rstd, True)
+        torch.library.opcheck(ops.layer_norm_backward.default, arguments)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_reach_both_summands_and_the_weights(cpu_reference: None, bias: bool) -> None:
+    torch.manual_seed(0)
+    x, branch = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)
+    weight = torch.randn(8, requires_grad=True)
+    beta = torch.randn(8, requires_grad=True) if bias else None
+    inputs = [t for t in (x, branch, weight, beta) if t is not None]
+    dy, dstream = torch.randn(2, 2, 3, 8)
+
+    y, stream = add_norm(x, branch, weight, beta, 1e-5)
+    ours = torch.autograd.grad([y, stream], inputs, [dy, dstream])
+    total = x + branch
+    theirs = torch.autograd.grad(
+        [F.layer_norm(total, (8,), weight, beta, 1e-5), total], inputs, [dy, dstream]
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    only_stream = torch.autograd.grad(add_norm(x, branch, weight, beta, 1e-5)[1], x, dstream)
+    torch.testing.assert_close(only_stream[0], dstream)
+
+
+def test_autocast_decides_the_output_s_dtype(cpu_reference: None) -> None:
+    x, weight = torch.randn(2, 8, requires_grad=True), torch.ones(8)
+    with torch.autocast("cpu", BF16):
+        y = layer_norm(x, weight, None, 1e-5)
+    assert y.dtype == BF16
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == F32
+    assert layer_norm(x, weight, None, 1e-5).dtype == F32
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's own, of autograd.Function
+def test_compiles_whole_with_dynamic_shapes(cpu_reference: None) -> None:
+    weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
+
+    def block(x: Tensor, branch: Tensor) -> Tensor:
+        y, stream = add_norm(x, branch, weight, bias, 1e-5)
+        return (y * stream).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (2, 5, 9):
+        x, branch = torch.randn(rows, 8), torch.randn(rows, 8)
+        torch.testing.assert_close(compiled(x, branch), block(x, branch))
+
+
+def test_choosing_the_norm_without_a_device_is_the_design_s_error() -> None:
+    from gpt.norms.registry import build_norm
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(MissingInput, match="needs a CUDA device; use norm=layer"):
+        build_norm("cuda_layer", 8)
+
+
+def test_the_norm_trains_like_layer_where_the_op_is_there(
+    cpu_reference: None, monkeypatch: pytest.MonkeyPatch, corpus: Path, tmp_path: Path
+) -> None:
+    from gpt.trainer import train
+    from tests.conftest import make_config, read_rows
+
+    losses = []
+    for norm in ("layer", "cuda_layer"):
+        cfg = make_config("data=text", f"data.path={corpus}", f"norm={norm}",
+                          f"run_dir={tmp_path}/{norm}")  # fmt: skip
+        with monkeypatch.context() as patch:
+            if norm == "cuda_layer":
+                patch.setattr("gpt.norms.cuda_layer.torch.cuda.is_available", lambda: True)
+            patch.setattr("gpt.device.resolve_device", lambda name: torch.device("cpu"))
+            patch.setattr("gpt.trainer.resolve_device", lambda name: torch.device("cpu"))
+            train(cfg)
+        losses.append([row["loss"] for row in read_rows(tmp_path / norm) if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_unknown_dtypes_are_refused() -> None:
+    x = torch.randn(2, 8, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"x is torch.float64; expected float32, bfloat16 or"):
+        kernels.kind_of(x, None, x, torch.ones(8), True, ())
