@@ -114,7 +114,7 @@ def forward_cuda(
     x, weight = x.contiguous(), weight.contiguous()
     branch = None if branch is None else branch.contiguous()
     bias = None if bias is None else bias.to(weight.dtype).contiguous()
-    y, stream, mean, rstd = forward_fake(x, branch, weight, bias, eps, dtype)
+    y, stream, mean, rstd = forward_outputs(x, branch, dtype)
     n_rows = mean.numel()
     if n_rows:
         kind = kind_of(x, branch, y, weight, bias is not None, (branch, y, stream, bias))
@@ -129,14 +129,10 @@ def forward_cuda(
     return y, stream, mean, rstd
 
 
-def forward_fake(
-    x: Tensor,
-    branch: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
+def forward_outputs(
+    x: Tensor, branch: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What forward writes to, empty: all that `torch.compile` needs to know of it."""
     rows = x.shape[:-1].numel()
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     stream = torch.empty(x.shape if branch is not None else (0,), dtype=x.dtype, device=x.device)
@@ -156,7 +152,7 @@ def backward_cuda(
     """dx (of x and of the branch alike), dweight, dbias (empty without a bias)."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dstream = None if dstream is None else dstream.contiguous()
-    dx, dweight, dbias = backward_fake(dy, dstream, x, weight, mean, rstd, has_bias)
+    dx, dweight, dbias = backward_outputs(x, weight, has_bias)
     n_rows, C = mean.numel(), x.shape[-1]
     if n_rows == 0:
         return dx, dweight.zero_(), dbias.zero_()
@@ -164,7 +160,8 @@ def backward_cuda(
     plan = choose(kind, forward=False)
     # Enough blocks to keep every multiprocessor busy, few enough that their partial sums, 16 bytes
     # a feature and block, stay below a tenth of what the rows themselves cost.
-    blocks = min(n_rows, max(multiprocessors(x.device.index), min(8 * 132, n_rows // 32)))
+    busy = multiprocessors(x.device.index)
+    blocks = min(n_rows, max(busy, min(8 * busy, n_rows // 32)))
     partial = torch.empty(blocks, 2, C, dtype=torch.float32, device=x.device)
     launch(
         plan,
@@ -186,15 +183,8 @@ def backward_cuda(
     return dx, dweight, dbias
 
 
-def backward_fake(
-    dy: Tensor,
-    dstream: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward_outputs(x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What backward writes to, empty."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     return dx, dweight, torch.empty_like(dweight) if has_bias else dweight.new_empty(0)
@@ -268,8 +258,16 @@ LIBRARY.define(
 )
 LIBRARY.impl("layer_norm", forward_cuda, "CUDA")
 LIBRARY.impl("layer_norm_backward", backward_cuda, "CUDA")
-torch.library.register_fake("gpt_norms::layer_norm", forward_fake, lib=LIBRARY)
-torch.library.register_fake("gpt_norms::layer_norm_backward", backward_fake, lib=LIBRARY)
+torch.library.register_fake(
+    "gpt_norms::layer_norm",
+    lambda x, branch, weight, bias, eps, dtype: forward_outputs(x, branch, dtype),
+    lib=LIBRARY,
+)
+torch.library.register_fake(
+    "gpt_norms::layer_norm_backward",
+    lambda dy, dstream, x, weight, mean, rstd, has_bias: backward_outputs(x, weight, has_bias),
+    lib=LIBRARY,
+)
 
 
 class AddNorm(torch.autograd.Function):
