@@ -168,7 +168,7 @@ def sync(path: Path) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name: `h.0.mlp.f.c_fc.weight/exp_avg`."""
+    """AdamW's state by parameter name: `h.0.mlp.c_fc.weight/exp_avg`."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()

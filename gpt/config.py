@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from yaml import YAMLError
 
 from gpt.errors import ConfigError, DataError, nearest
 from gpt.files import write_atomically
+from gpt.formula import evaluate
 
-SLOTS = ("in", "out", "after")
+ATTN_SLOTS = ("in", "q", "k", "v", "mid", "out", "after")
+MLP_SLOTS = ("in", "mid", "out", "after")
+WEIGHTS = ("q", "k", "v", "o", "fc1", "fc2")
 TOKENIZERS = ("bpe", "bytes", "gpt2")
 
 
@@ -64,26 +67,61 @@ class ModelConfig:
 
 @dataclass
 class PlacementConfig:
-    """Which slots of y = after(α·x + out(f(in(x)))) hold a norm, and whether the head has one.
+    """Which slots of y = after(α·x + out(f(s·in(x)))) hold a norm, in each block; and the rest.
 
-    A slot is `false` (empty), `true` (the run's norm) or the name of another norm.
+    A slot, also `embd` and `head`, is false (empty), true (the run's norm), the name of another
+    norm, or a formula in l and L that says so for each block, see `gpt/formula.py`. Slots inside f:
+    `q`, `k`, `v` (attention's, all C features at once), `mid` (before the output projection).
+
+    alpha, scale  α and s, numbers or formulas
+    parallel      x + attention(in(x)) + mlp(in(x)), `in` being attention's
+    init          factors on the initial weights `q k v o fc1 fc2`, numbers or formulas
+    xavier        initial weights by Xavier's standard deviation in place of GPT-2's 0.02
     """
 
     name: str = MISSING
-    alpha: float = MISSING
-    attn: dict[str, Any] = MISSING
-    mlp: dict[str, Any] = MISSING
-    head: Any = MISSING
+    attn: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(ATTN_SLOTS, False))
+    mlp: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(MLP_SLOTS, False))
+    embd: Any = False
+    head: Any = False
+    alpha: Any = 1.0
+    scale: Any = 1.0
+    parallel: bool = False
+    init: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(WEIGHTS, 1.0))
+    xavier: bool = False
 
     def __post_init__(self) -> None:
-        check(math.isfinite(self.alpha), "placement.alpha", self.alpha, "a finite number")
-        slots = {"placement.head": self.head}
-        for part in ("attn", "mlp"):
-            for slot, value in getattr(self, part).items():
-                check_choice(f"placement.{part}", slot, SLOTS)
-                slots[f"placement.{part}.{slot}"] = value
-        for key, value in slots.items():
-            check(isinstance(value, bool | str), key, value, "true, false or a norm's name")
+        for group, known in (("attn", ATTN_SLOTS), ("mlp", MLP_SLOTS), ("init", WEIGHTS)):
+            for key in getattr(self, group):
+                check_choice(f"placement.{group}", key, known)
+                self.value(f"{group}.{key}", 1, 2, *((float,) if group == "init" else (bool, str)))
+        for key in ("embd", "head"):
+            self.value(key, 1, 2, bool, str)
+        for key in ("alpha", "scale"):
+            self.value(key, 1, 2, float)
+        if self.parallel and (self.mlp.get("in") or self.mlp.get("after")):
+            raise ConfigError(
+                "placement.parallel=true: the MLP shares attention's `in` and `after`; "
+                "set placement.mlp.in=false placement.mlp.after=false"
+            )
+
+    def value(self, key: str, l: int, L: int, *types: type) -> Any:  # noqa: E741
+        """What `alpha` or `attn.in` is in block `l` of `L`, of one of `types`."""
+        group, _, name = key.rpartition(".")
+        formula = getattr(self, group)[name] if group else getattr(self, key)
+        expected = "a finite number" if types == (float,) else "true, false or a norm's name"
+        expected += ", or a formula of it in l and L"
+        try:
+            value = evaluate(formula, l, L)
+        except ValueError as error:
+            raise ConfigError(
+                f"placement.{key}={formula}: expected {expected} ({error})"
+            ) from error
+        if float in types and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        ok = isinstance(value, types) and (not isinstance(value, float) or math.isfinite(value))
+        check(ok, f"placement.{key}", formula, expected)
+        return value
 
 
 @dataclass

@@ -7,7 +7,9 @@ new is one equation, `Sublayer`. Sizes: B batch, T time, C = n_embd, nh = n_head
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,67 +18,136 @@ from torch import Tensor, nn
 from gpt.config import ModelConfig
 from gpt.seeds import stream_seed
 
-# The norm at a site such as `h.3.attn.in` or `head`; nn.Identity where the slot is empty.
-MakeNorm = Callable[[str], nn.Module]
+# The norm at a site such as `h.3.attn.in` or `head`, over so many features; nn.Identity where the
+# slot is empty.
+MakeNorm = Callable[[str, int], nn.Module]
 
 
-class CausalSelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+@dataclass(frozen=True)
+class BlockPlan:
+    """What a placement says of one block, beside its norms.
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 × (B, nh, T, hs)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+    alpha     α, the weight of the residual stream
+    scale     s, the factor on what `in` gives
+    parallel  attention and MLP side by side, on the same normalised input
+    std       of the initial weights: 0.02 (GPT-2), or None for Xavier's √(2 / (fan_in + fan_out))
+    gain      factors on it for `q`, `k`, `v`, `o` (attention's output), `fc1`, `fc2` (the MLP's)
+    """
+
+    alpha: float = 1.0
+    scale: float = 1.0
+    parallel: bool = False
+    std: float | None = 0.02
+    gain: Mapping[str, float] = field(default_factory=dict)
 
 
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-        return F.dropout(y, self.dropout, self.training)
+def add_norm(norm: nn.Module, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(norm(x + branch), x + branch): one pass over memory for a norm that `adds` by itself."""
+    if branch is None:
+        return norm(x), x
+    if getattr(norm, "adds", False):
+        return norm(x, branch)
+    x = x + branch
+    return norm(x), x
 
 
 class Sublayer(nn.ModuleDict):
-    """y = after(α·x + out(f(in(x)))), f being attention or the MLP: the placement equation."""
+    """y = after(α·x + out(f(s·in(x)))), f being attention or the MLP: the placement equation.
 
-    def __init__(self, site: str, f: nn.Module, make_norm: MakeNorm, alpha: float) -> None:
-        norms = {slot: make_norm(f"{site}.{slot}") for slot in ("in", "out", "after")}
-        super().__init__({"f": f, **norms})
-        self.alpha = alpha
+    Input and output are two summands of the residual stream, (x, branch): where `after` is empty
+    the last sum is left to the norm that reads the stream next, see `add_norm`.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        branch = self["out"](self["f"](self["in"](x)))
-        return self["after"](torch.add(branch, x, alpha=self.alpha))
+    slots: ClassVar[
+        dict[str, int]
+    ]  # where a norm can stand, some of them inside f: its width in units of C
+
+    def __init__(
+        self, config: ModelConfig, site: str, make_norm: MakeNorm, plan: BlockPlan
+    ) -> None:
+        C = config.n_embd
+        super().__init__({s: make_norm(f"{site}.{s}", n * C) for s, n in self.slots.items()})
+        self.plan, self.dropout = plan, config.dropout
+
+    def f(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x_in, x = add_norm(self["in"], x, branch)
+        return self.merge(x, self.branch(x_in))
+
+    def branch(self, x_in: Tensor) -> Tensor:
+        """out(f(s·in(x))), given in(x)."""
+        return self["out"](self.f(x_in if self.plan.scale == 1 else self.plan.scale * x_in))
+
+    def merge(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """after(α·x + branch)."""
+        x = x if self.plan.alpha == 1 else self.plan.alpha * x
+        if isinstance(self["after"], nn.Identity):
+            return x, branch
+        return add_norm(self["after"], x, branch)[0], None
+
+
+class CausalSelfAttention(Sublayer):
+    slots: ClassVar = {"in": 1, "q": 1, "k": 1, "v": 1, "mid": 1, "out": 1, "after": 1}
+
+    def __init__(
+        self, config: ModelConfig, site: str, make_norm: MakeNorm, plan: BlockPlan
+    ) -> None:
+        super().__init__(config, site, make_norm, plan)
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def f(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # 3 × (B, T, C)
+        q, k, v = (
+            norm(t).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+            for norm, t in ((self["q"], q), (self["k"], k), (self["v"], v))
+        )
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = self.c_proj(self["mid"](y.transpose(1, 2).reshape(B, T, C)))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(Sublayer):
+    slots: ClassVar = {"in": 1, "mid": 4, "out": 1, "after": 1}
+
+    def __init__(
+        self, config: ModelConfig, site: str, make_norm: MakeNorm, plan: BlockPlan
+    ) -> None:
+        super().__init__(config, site, make_norm, plan)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def f(self, x: Tensor) -> Tensor:
+        y = self["mid"](F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, site: str, make_norm: MakeNorm, alpha: float) -> None:
+    def __init__(
+        self, config: ModelConfig, site: str, make_norm: MakeNorm, plan: BlockPlan
+    ) -> None:
         super().__init__()
-        self.attn = Sublayer(f"{site}.attn", CausalSelfAttention(config), make_norm, alpha)
-        self.mlp = Sublayer(f"{site}.mlp", MLP(config), make_norm, alpha)
+        self.parallel = plan.parallel
+        self.attn = CausalSelfAttention(config, f"{site}.attn", make_norm, plan)
+        self.mlp = MLP(config, f"{site}.mlp", make_norm, plan)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.attn(x))
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not self.parallel:
+            return self.mlp(*self.attn(x, branch))
+        x_in, x = add_norm(self.attn["in"], x, branch)
+        return self.attn.merge(x, self.attn.branch(x_in) + self.mlp.branch(x_in))
 
 
 class GPT(nn.Module):
     """Token ids (B, T) → logits (B, T, vocab_size), and the mean loss in nats given targets (B, T).
 
     make_norm  the norm at a site, see `MakeNorm`
-    alpha      α of the placement equation
+    plans      one for each block
     seed       of the initial weights: each parameter has a stream of its own, so that models that
                differ in their norms share all other weights
     """
@@ -86,26 +157,31 @@ class GPT(nn.Module):
         config: ModelConfig,
         vocab_size: int,
         make_norm: MakeNorm,
-        alpha: float = 1.0,
+        plans: Sequence[BlockPlan],
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.block_size = config.block_size
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.embd = make_norm("embd", config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(
-            Block(config, f"h.{i}", make_norm, alpha) for i in range(config.n_layer)
+            Block(config, f"h.{i}", make_norm, plan) for i, plan in enumerate(plans)
         )
-        self.head = make_norm("head")  # the norm before the output head, whose weight is wte's
-        self.init_weights(seed)
+        self.head = make_norm(
+            "head", config.n_embd
+        )  # before the output head, whose weight is wte's
+        self.init_weights(plans, seed)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         T = idx.shape[1]
-        x = self.drop(self.wte(idx) + self.wpe.weight[:T])  # (B, T, C)
+        x = self.drop(self.embd(self.wte(idx) + self.wpe.weight[:T]))  # (B, T, C)
+        branch = None
         for block in self.h:
-            x = block(x)
-        logits = F.linear(self.head(x), self.wte.weight)  # (B, T, vocab_size)
+            x, branch = block(x, branch)
+        x, _ = add_norm(self.head, x, branch)
+        logits = F.linear(x, self.wte.weight)  # (B, T, vocab_size)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -115,13 +191,26 @@ class GPT(nn.Module):
         return {"embd": self.drop, **{f"h.{i}": block for i, block in enumerate(self.h)}}
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """GPT-2's: N(0, 0.02²), on residual projections N(0, 0.02²/2L), biases 0."""
-        residual_std = 0.02 / math.sqrt(2 * len(self.h))
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                generator = torch.Generator().manual_seed(stream_seed(seed, f"init/{name}"))
-                std = residual_std if name.endswith("c_proj") else 0.02
-                module.weight.normal_(0.0, std, generator=generator)
-            if isinstance(module, nn.Linear):
-                module.bias.zero_()
+    def init_weights(self, plans: Sequence[BlockPlan], seed: int) -> None:
+        """Embeddings N(0, 0.02²), biases 0, the others as their block's plan says."""
+
+        def init(name: str, module: nn.Linear | nn.Embedding, std: float) -> None:
+            generator = torch.Generator().manual_seed(stream_seed(seed, f"init/{name}"))
+            module.weight.normal_(0.0, std, generator=generator)
+
+        init("wte", self.wte, 0.02)
+        init("wpe", self.wpe, 0.02)
+        for i, plan in enumerate(plans):
+            for name, parts in (
+                ("attn.c_attn", ("q", "k", "v")),
+                ("attn.c_proj", ("o",)),
+                ("mlp.c_fc", ("fc1",)),
+                ("mlp.c_proj", ("fc2",)),
+            ):
+                linear = self.get_submodule(f"h.{i}.{name}")
+                assert isinstance(linear, nn.Linear)
+                fans = linear.in_features + linear.out_features // len(parts)
+                init(f"h.{i}.{name}", linear, plan.std or math.sqrt(2 / fans))
+                for part, weight in zip(parts, linear.weight.chunk(len(parts)), strict=True):
+                    weight.mul_(plan.gain.get(part, 1.0))
+                linear.bias.zero_()

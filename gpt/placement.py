@@ -1,4 +1,4 @@
-"""From a configuration to a model: which norm stands at which site."""
+"""From a configuration to a model: which norm stands at which site, and what goes with it."""
 
 from __future__ import annotations
 
@@ -7,31 +7,45 @@ from torch import nn
 from gpt import norms  # noqa: F401  (registers them)
 from gpt.config import Config, PlacementConfig
 from gpt.errors import ConfigError
-from gpt.model import GPT
+from gpt.model import GPT, BlockPlan
 from gpt.norms.registry import build_norm
 
 
-def slot(placement: PlacementConfig, site: str) -> bool | str:
-    """What the placement puts at `site`: `h.3.attn.in` → placement.attn.in, `head` → head."""
-    if site == "head":
-        return placement.head
-    _, _, part, name = site.split(".")
-    return getattr(placement, part).get(name, False)
+def slot(placement: PlacementConfig, site: str, n_layer: int) -> bool | str:
+    """What stands at `site`, of n_layer blocks: `h.3.attn.in` → placement.attn.in in block 4."""
+    if site in ("embd", "head"):
+        return placement.value(site, 1, n_layer, bool, str)
+    _, i, part, name = site.split(".")
+    return placement.value(f"{part}.{name}", int(i) + 1, n_layer, bool, str)
+
+
+def block_plan(placement: PlacementConfig, l: int, L: int) -> BlockPlan:  # noqa: E741
+    """The plan of block `l` of `L`, counted from 1."""
+    numbers = {
+        key: float(placement.value(key, l, L, float))
+        for key in ("alpha", "scale", *(f"init.{part}" for part in placement.init))
+    }
+    alpha, scale = numbers.pop("alpha"), numbers.pop("scale")
+    gain = {key.removeprefix("init."): value for key, value in numbers.items()}
+    std = None if placement.xavier else 0.02
+    return BlockPlan(alpha, scale, placement.parallel, std, gain)
 
 
 def build_model(cfg: Config, vocab_size: int) -> GPT:
     """The model that `cfg` describes, with its initial weights."""
+    L = cfg.model.n_layer
 
-    def make_norm(site: str) -> nn.Module:
-        match slot(cfg.placement, site):
+    def make_norm(site: str, width: int) -> nn.Module:
+        match slot(cfg.placement, site, L):
             case False:
                 return nn.Identity()
             case True:
-                return build_norm(n_embd=cfg.model.n_embd, **cfg.norm)
+                return build_norm(n_embd=width, **cfg.norm)
             case name:
                 try:
-                    return build_norm(name, cfg.model.n_embd)
+                    return build_norm(name, width)
                 except ConfigError as error:
                     raise ConfigError(f"placement of {site}: {error}") from error
 
-    return GPT(cfg.model, vocab_size, make_norm, cfg.placement.alpha, cfg.seed)
+    plans = [block_plan(cfg.placement, l, L) for l in range(1, L + 1)]  # noqa: E741
+    return GPT(cfg.model, vocab_size, make_norm, plans, cfg.seed)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gpt.norms.registry import NORMS
 
@@ -20,16 +21,21 @@ MOMENTS = ("mean", "std", "rms", "absmax", "kurtosis")
 Record = dict[tuple[str, ...], Tensor]  # ("sites", "h.0.attn.in", "before") → its moments
 
 
-def moments(x: Tensor) -> Tensor:
+def moments(x: Tensor, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Mean, standard deviation (biased), root mean square, max |x| and kurtosis of all of x.
 
     Kurtosis is E[(x−μ)⁴]/σ⁴: 3 for a Gaussian, large where a few values are outliers, 0 here
-    where x is constant.
+    where x is constant. rows: the mean and the biased variance of each row, where they are known.
     """
     x = x.detach().float()
-    mean, rms = x.mean(), x.square().mean().sqrt()
+    if rows is None:
+        mean, rms = x.mean(), x.square().mean().sqrt()
+        std = (x - mean).square().mean().sqrt()
+    else:
+        mean, within = rows[0].mean(), rows[1].mean()
+        std = (within + (rows[0] - mean).square().mean()).sqrt()
+        rms = (within + rows[0].square().mean()).sqrt()
     centred = x - mean
-    std = centred.square().mean().sqrt()
     # Divided first: x⁴ overflows fp32 from 4·10⁹, which a run without norms reaches.
     kurtosis = (centred / std.clamp_min(1e-30)).pow(4).mean()
     return torch.stack([mean, std, rms, x.abs().amax(), kurtosis])
@@ -45,18 +51,24 @@ def collect(
     grad_scale  what a gradient is multiplied with: grad_accum, where the loss was divided by it
     """
     record: Record = {}
-    handles = []
+    handles: list[RemovableHandle] = []
+    keeping: list[Any] = []
 
     def watch(group: str, name: str, module: nn.Module) -> None:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+            # A norm that adds the branch gives (y, stream), a block the two summands (x, branch).
+            first, second = output if isinstance(output, tuple) else (output, None)
             if group == "sites":
-                record[group, name, "before"] = moments(inputs[0])
-            record[group, name, "after"] = moments(output)
+                before = inputs[0] if second is None else second
+                record[group, name, "before"] = moments(before, getattr(module, "rows", None))
+                record[group, name, "after"] = moments(first)
+            else:
+                record[group, name, "after"] = moments(first if second is None else first + second)
             # A view of its own: an identity's output is its input, whose gradient holds more.
-            output = output.view_as(output)
-            if output.requires_grad:
-                output.register_hook(keep_gradient)
-            return output
+            first = first.view_as(first)
+            if first.requires_grad:
+                first.register_hook(keep_gradient)
+            return (first, second) if isinstance(output, tuple) else first
 
         def keep_gradient(gradient: Tensor) -> None:
             record[group, name, "grad_norm"] = gradient.detach().float().norm() * grad_scale
@@ -66,6 +78,9 @@ def collect(
     for name, module in model.named_modules():
         if type(module) in NORMS.values():
             watch("sites", name, module)
+            if hasattr(module, "keep_rows"):  # it has the moments of its rows: they are reused
+                module.keep_rows = True
+                keeping.append(module)
             for key, parameter in (("gamma_norm", "weight"), ("beta_norm", "bias")):
                 value = getattr(module, parameter, None)
                 if value is not None:
@@ -77,6 +92,8 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
+        for module in keeping:
+            module.keep_rows, module.rows = False, None
 
 
 def table(record: Record) -> dict[str, dict[str, dict[str, Any]]]:

@@ -137,9 +137,11 @@ void forward(unsigned blocks, const X_T* x, const B_T* branch, const W_T* weight
 }
 #else
 void backward(unsigned blocks, const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight,
-              const float* mean, const float* rstd, X_T* dx, float* partial, i64 n_rows) {
-    launch({blocks, 1, 1}, THREADS,
-           [=] { layer_norm_backward(dy, dstream, x, weight, mean, rstd, dx, partial, n_rows); });
+              const float* mean, const float* rstd, X_T* dx, B_T* dbranch, float* partial,
+              i64 n_rows) {
+    launch({blocks, 1, 1}, THREADS, [=] {
+        layer_norm_backward(dy, dstream, x, weight, mean, rstd, dx, dbranch, partial, n_rows);
+    });
 }
 void columns(unsigned chunks, const Y_T* dy, const X_T* x, const float* mean, const float* rstd,
              float* partial, i64 n_rows) {

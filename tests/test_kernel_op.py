@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt import stats
 from gpt.errors import MissingInput
+from gpt.files import flatten
 from gpt.kernels import layer_norm as kernels
 from gpt.kernels.layer_norm import add_norm, layer_norm
+from gpt.placement import build_model
+from gpt.trainer import train
+from tests.conftest import make_config, read_rows
 from tests.test_kernels import BF16, F32
 
 
@@ -33,17 +39,19 @@ def cpu_reference() -> Iterator[None]:
             y.copy_(y.float() + bias.float())
         return y, stream, mean, rstd
 
-    def backward(dy, dstream, x, weight, mean, rstd, has_bias):  # type: ignore[no-untyped-def]
-        dx, dweight, dbias = kernels.backward_outputs(x, weight, has_bias)
+    def backward(dy, dstream, x, weight, mean, rstd, has_bias, branch_dtype):  # type: ignore[no-untyped-def]
+        dx, dbranch, dweight, dbias = kernels.backward_outputs(x, weight, has_bias, branch_dtype)
         x_hat = (x.float() - mean.view(*x.shape[:-1], 1)) * rstd.view(*x.shape[:-1], 1)
         g = dy.float() * weight.float()
         value = g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)
         value = value * rstd.view(*x.shape[:-1], 1)
         dx.copy_(value if dstream is None else value + dstream.float())
+        if dbranch.numel():
+            dbranch.copy_(dx)
         dweight.copy_((dy.float() * x_hat).flatten(0, -2).sum(0))
         if has_bias:
             dbias.copy_(dy.float().flatten(0, -2).sum(0))
-        return dx, dweight, dbias
+        return dx, dbranch, dweight, dbias
 
     library = torch.library.Library("gpt_norms", "IMPL")
     library.impl("layer_norm", forward, "CPU")
@@ -63,8 +71,8 @@ def test_torch_accepts_the_ops(cpu_reference: None) -> None:
     for added in (None, branch):
         torch.library.opcheck(ops.layer_norm.default, (x, added, weight, bias, 1e-5, BF16))
     mean, rstd = torch.zeros(6), torch.ones(6)
-    for dstream in (None, branch):
-        arguments = (x, dstream, x, weight, mean, rstd, True)
+    for dstream, branch_dtype in ((None, None), (branch, F32), (branch, BF16)):
+        arguments = (x, dstream, x, weight, mean, rstd, True, branch_dtype)
         torch.library.opcheck(ops.layer_norm_backward.default, arguments)
 
 
@@ -77,7 +85,7 @@ def test_gradients_reach_both_summands_and_the_weights(cpu_reference: None, bias
     inputs = [t for t in (x, branch, weight, beta) if t is not None]
     dy, dstream = torch.randn(2, 2, 3, 8)
 
-    y, stream = add_norm(x, branch, weight, beta, 1e-5)
+    y, stream, *_ = add_norm(x, branch, weight, beta, 1e-5)
     ours = torch.autograd.grad([y, stream], inputs, [dy, dstream])
     total = x + branch
     theirs = torch.autograd.grad(
@@ -104,7 +112,7 @@ def test_compiles_whole_with_dynamic_shapes(cpu_reference: None) -> None:
     weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
 
     def block(x: Tensor, branch: Tensor) -> Tensor:
-        y, stream = add_norm(x, branch, weight, bias, 1e-5)
+        y, stream, *_ = add_norm(x, branch, weight, bias, 1e-5)
         return (y * stream).sum()
 
     torch._dynamo.reset()
@@ -123,22 +131,56 @@ def test_choosing_the_norm_without_a_device_is_the_design_s_error() -> None:
         build_norm("cuda_layer", 8)
 
 
-def test_the_norm_trains_like_layer_where_the_op_is_there(
-    cpu_reference: None, monkeypatch: pytest.MonkeyPatch, corpus: Path, tmp_path: Path
-) -> None:
-    from gpt.trainer import train
-    from tests.conftest import make_config, read_rows
+@pytest.fixture
+def cuda_layer_on_the_cpu(cpu_reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """norm=cuda_layer can be built, and runs by formula."""
+    cuda = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))
+    fake = SimpleNamespace(ones=torch.ones, zeros=torch.zeros, **vars(cuda))
+    monkeypatch.setattr("gpt.norms.cuda_layer.torch", fake)
 
+
+@pytest.mark.parametrize("placement", ["pre", "post", "peri", "deepnorm", "parallel", "hybrid"])
+def test_a_model_with_fused_residuals_equals_the_plain_one(
+    cuda_layer_on_the_cpu: None, placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In value, gradients and statistics; and the residual sums are taken by the norms."""
+    results = []
+    fused = 0
+
+    def counted(x, branch, *rest):  # type: ignore[no-untyped-def]
+        nonlocal fused
+        fused += branch is not None
+        return add_norm(x, branch, *rest)
+
+    monkeypatch.setattr("gpt.norms.cuda_layer.add_norm", counted)
+    idx = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(0))
+    for norm in ("layer", "cuda_layer"):
+        model = build_model(make_config("data=pydoc", f"norm={norm}", f"placement={placement}"), 61)
+        with stats.collect(model, model.streams()) as record:
+            loss = model(idx, idx)[1]
+            loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append((loss, gradients, flatten(stats.table(record), "/")))
+    (loss, gradients, numbers), (loss2, gradients2, numbers2) = results
+    torch.testing.assert_close(loss, loss2)
+    torch.testing.assert_close(gradients, gradients2, rtol=1e-4, atol=1e-6)
+    assert numbers == pytest.approx(numbers2, rel=1e-3, abs=1e-6)
+    # Two sums a block: all but the first norm's, and for `parallel` one sum a block.
+    assert fused == {"parallel": 2, "hybrid": 3}.get(placement, 4)
+
+
+def test_the_norm_trains_like_layer_where_the_op_is_there(
+    cuda_layer_on_the_cpu: None, corpus: Path, tmp_path: Path
+) -> None:
     losses = []
     for norm in ("layer", "cuda_layer"):
-        cfg = make_config("data=text", f"data.path={corpus}", f"norm={norm}",
-                          f"run_dir={tmp_path}/{norm}")  # fmt: skip
-        with monkeypatch.context() as patch:
-            if norm == "cuda_layer":
-                patch.setattr("gpt.norms.cuda_layer.torch.cuda.is_available", lambda: True)
-            patch.setattr("gpt.device.resolve_device", lambda name: torch.device("cpu"))
-            patch.setattr("gpt.trainer.resolve_device", lambda name: torch.device("cpu"))
-            train(cfg)
+        overrides = [
+            "data=text",
+            f"data.path={corpus}",
+            f"norm={norm}",
+            f"run_dir={tmp_path}/{norm}",
+        ]
+        train(make_config(*overrides))
         losses.append([row["loss"] for row in read_rows(tmp_path / norm) if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gpt.config import Config, ModelConfig
-from gpt.model import GPT, Block, Sublayer
+from gpt.model import GPT, Block, BlockPlan, Sublayer
 from gpt.norms.registry import norms_of
 from gpt.placement import build_model
 from tests.conftest import make_config
@@ -87,9 +88,23 @@ def test_sublayer_is_the_placement_equation(alpha: float) -> None:
     """y = after(α·x + out(f(in(x)))), each slot with a factor of its own."""
     factors = {"h.0.mlp.in": 2.0, "h.0.mlp.out": 3.0, "h.0.mlp.after": 5.0}
     f = nn.Linear(4, 4).double()
-    sublayer = Sublayer("h.0.mlp", f, lambda site: Scale(factors[site]), alpha)
-    x = torch.randn(2, 3, 4, dtype=torch.float64)
-    torch.testing.assert_close(sublayer(x), 5 * (alpha * x + 3 * f(2 * x)), rtol=0, atol=1e-13)
+
+    class Linear(Sublayer):
+        slots: ClassVar = {"in": 1, "out": 1, "after": 1}
+
+        def f(self, x: Tensor) -> Tensor:
+            return f(x)
+
+    plan = BlockPlan(alpha=alpha, scale=0.5)
+    config = ModelConfig(1, 1, 4, 8, 0.0)
+    sublayer = Linear(config, "h.0.mlp", lambda site, width: Scale(factors[site]), plan)
+    x, branch = torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    for pending in (None, branch):
+        stream = x if pending is None else x + pending
+        y, rest = sublayer(x, pending)
+        expected = 5 * (alpha * stream + 3 * f(0.5 * 2 * stream))
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
+        assert rest is None
 
 
 @pytest.mark.parametrize(("placement", "norm_first"), [("pre", True), ("post", False)])
@@ -112,7 +127,7 @@ def test_a_block_equals_the_library_s_transformer_layer(placement: str, norm_fir
     for p in block.parameters():
         p.data.normal_(0, 0.3)
     slot = "in" if norm_first else "after"
-    attn, mlp = block.attn["f"], block.mlp["f"]
+    attn, mlp = block.attn, block.mlp
     for ours, parameter in (
         (attn.c_attn.weight, theirs.self_attn.in_proj_weight),
         (attn.c_attn.bias, theirs.self_attn.in_proj_bias),
@@ -130,7 +145,9 @@ def test_a_block_equals_the_library_s_transformer_layer(placement: str, norm_fir
         parameter.data.copy_(ours.data)
     x = torch.randn(2, 9, C, dtype=torch.float64)
     mask = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
-    torch.testing.assert_close(block(x), theirs(x, src_mask=mask), rtol=1e-10, atol=1e-11)
+    y, branch = block(x, None)
+    y = y if branch is None else y + branch
+    torch.testing.assert_close(y, theirs(x, src_mask=mask), rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +182,10 @@ def test_models_that_differ_in_norms_share_all_other_weights(other: str) -> None
 
 def test_init_is_gpt2_s(config: Callable[..., Config]) -> None:
     model = built("model.n_layer=8", "model.n_embd=128")
-    residual = model.h[3].mlp["f"].c_proj.weight.std().item()
+    residual = model.h[3].mlp.c_proj.weight.std().item()
     assert residual == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
-    assert model.h[3].mlp["f"].c_fc.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert model.h[3].mlp["f"].c_fc.bias.abs().max() == 0
+    assert model.h[3].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.h[3].mlp.c_fc.bias.abs().max() == 0
     assert built("seed=2").wte.weight.ne(built("seed=1").wte.weight).all()
 
 
@@ -180,7 +197,7 @@ def test_presets_have_the_published_sizes(preset: str, millions: float) -> None:
     """Counted, since building 1.5B parameters takes memory: GPT-2's own published counts."""
     m: ModelConfig = make_preset(preset)
     C, L = m.n_embd, m.n_layer
-    block = sum(p.numel() for p in Block(tiny(m), "h.0", norm_of(m), 1.0).parameters())
+    block = sum(p.numel() for p in Block(tiny(m), "h.0", norm_of(m), BlockPlan()).parameters())
     total = 50257 * C + m.block_size * C + L * block + 2 * C
     assert total / 1e6 == pytest.approx(millions, abs=0.01)
 
@@ -199,8 +216,8 @@ def tiny(m: ModelConfig) -> ModelConfig:
     return ModelConfig(1, m.n_head, m.n_embd, 8, 0.0)
 
 
-def norm_of(m: ModelConfig) -> Callable[[str], nn.Module]:
-    return lambda site: nn.LayerNorm(m.n_embd) if site.endswith(".in") else nn.Identity()
+def norm_of(m: ModelConfig) -> Callable[[str, int], nn.Module]:
+    return lambda site, width: nn.LayerNorm(width) if site.endswith(".in") else nn.Identity()
 
 
 def test_compiles_whole() -> None:

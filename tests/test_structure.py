@@ -30,7 +30,7 @@ LAYERS = [
     ["norms.registry", "kernels.layer_norm", "tokenizer", "corpus", "cli"],
     ["config"],
     ["files", "kernels.nvrtc"],
-    ["errors", "seeds"],
+    ["errors", "seeds", "formula"],
     ["__init__", "kernels.__init__"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -168,12 +168,13 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS) layer_norm_forward(
 
 #else
 
-// dx = rstd (g − mean(g) − x̂ mean(g x̂)) + dstream, where g = dy weight and x̂ = (x − mean) rstd.
+// dx = rstd (g − mean(g) − x̂ mean(g x̂)) + dstream, where g = dy weight and x̂ = (x − mean) rstd;
+// dbranch is the same, rounded to the branch's type, unless it is null.
 // Persistent: block b takes rows b, b + gridDim.x, … and, where CACHED, leaves its share of
 // Σ dy x̂ and Σ dy in partial[b][0] and partial[b][1], (gridDim.x, 2, C) in fp32.
 extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
     const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight, const float* mean,
-    const float* rstd, X_T* dx, float* partial, i64 n_rows) {
+    const float* rstd, X_T* dx, B_T* dbranch, float* partial, i64 n_rows) {
     __shared__ float shared[2][WARPS][2];
     const int lane = threadIdx.x;
     float dgamma[HELD][VEC] = {}, dbeta[HELD][VEC] = {}, w[HELD][VEC];
@@ -224,6 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
                 if (BRANCH) out[i] += more[i];
             }
             store(dx + row * C + c, out);
+            if (dbranch) store(dbranch + row * C + c, out);
         }
     }
     if (CACHED) {

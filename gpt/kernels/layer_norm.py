@@ -1,6 +1,6 @@
 """LayerNorm by `layer_norm.cu`: how a kernel is chosen and launched, the torch op, its gradient.
 
-    y, stream = add_norm(x, branch, weight, bias, eps)    stream = x + branch, y its LayerNorm
+    y, stream, mean, rstd = add_norm(x, branch, weight, bias, eps)    stream = x + branch
 
 Shapes: x, branch, y and stream (..., C); weight and bias (C); mean and rstd (rows), fp32. x, y and
 the weights may be float32, bfloat16 or float16, independently.
@@ -9,7 +9,7 @@ the weights may be float32, bfloat16 or float16, independently.
 from __future__ import annotations
 
 from ctypes import c_float, c_int, c_longlong, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,15 +148,19 @@ def backward_cuda(
     mean: Tensor,
     rstd: Tensor,
     has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (of x and of the branch alike), dweight, dbias (empty without a bias)."""
+    branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, the same in the branch's dtype (empty where that is x's, or there is no branch), dweight,
+    dbias (empty without a bias)."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dstream = None if dstream is None else dstream.contiguous()
-    dx, dweight, dbias = backward_outputs(x, weight, has_bias)
+    dx, dbranch, dweight, dbias = backward_outputs(x, weight, has_bias, branch_dtype)
     n_rows, C = mean.numel(), x.shape[-1]
     if n_rows == 0:
-        return dx, dweight.zero_(), dbias.zero_()
-    kind = kind_of(x, dstream, dy, weight, has_bias, (dstream, dx))
+        return dx, dbranch, dweight.zero_(), dbias.zero_()
+    second = dbranch if dbranch.numel() else None
+    kind = kind_of(x, second, dy, weight, has_bias, (dstream, dx, second))
+    kind = replace(kind, BRANCH=dstream is not None)
     plan = choose(kind, forward=False)
     # Enough blocks to keep every multiprocessor busy, few enough that their partial sums, 16 bytes
     # a feature and block, stay below a tenth of what the rows themselves cost.
@@ -168,7 +172,7 @@ def backward_cuda(
         "layer_norm_backward",
         (blocks, 1),
         plan.THREADS,
-        (dy, dstream, x, weight, mean, rstd, dx, partial, n_rows),
+        (dy, dstream, x, weight, mean, rstd, dx, second, partial, n_rows),
     )
     if not plan.CACHED:
         arguments = (dy, x, mean, rstd, partial, n_rows)
@@ -180,14 +184,19 @@ def backward_cuda(
         256,
         (partial, dweight, dbias, c_int(blocks)),
     )
-    return dx, dweight, dbias
+    return dx, dbranch, dweight, dbias
 
 
-def backward_outputs(x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def backward_outputs(
+    x: Tensor, weight: Tensor, has_bias: bool, branch_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What backward writes to, empty."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    another = branch_dtype not in (None, x.dtype)
+    dbranch = torch.empty(x.shape if another else (0,), dtype=branch_dtype, device=x.device)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
-    return dx, dweight, torch.empty_like(dweight) if has_bias else dweight.new_empty(0)
+    dbias = torch.empty_like(dweight) if has_bias else dweight.new_empty(0)
+    return dx, dbranch, dweight, dbias
 
 
 def kind_of(
@@ -254,7 +263,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "layer_norm_backward(Tensor dy, Tensor? dstream, Tensor x, Tensor weight, Tensor mean,"
-    " Tensor rstd, bool has_bias) -> (Tensor, Tensor, Tensor)"
+    " Tensor rstd, bool has_bias, ScalarType? branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("layer_norm", forward_cuda, "CUDA")
 LIBRARY.impl("layer_norm_backward", backward_cuda, "CUDA")
@@ -265,7 +274,9 @@ torch.library.register_fake(
 )
 torch.library.register_fake(
     "gpt_norms::layer_norm_backward",
-    lambda dy, dstream, x, weight, mean, rstd, has_bias: backward_outputs(x, weight, has_bias),
+    lambda dy, dstream, x, weight, mean, rstd, has_bias, branch_dtype: backward_outputs(
+        x, weight, has_bias, branch_dtype
+    ),
     lib=LIBRARY,
 )
 
@@ -279,22 +290,26 @@ class AddNorm(torch.autograd.Function):
         ctx.save_for_backward(x if branch is None else stream, weight, mean, rstd)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.branch_dtype = None if branch is None else branch.dtype
+        ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        return y, stream
+        return y, stream, mean, rstd
 
     @staticmethod
-    def backward(ctx, dy, dstream):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy, dstream, *_):  # type: ignore[no-untyped-def]
         x, weight, mean, rstd = ctx.saved_tensors
         if ctx.branch_dtype is None:
             dstream = None
         if dy is None:
-            dx, dweight, dbias = dstream, None, None
-        else:
-            dx, dweight, dbias = torch.ops.gpt_norms.layer_norm_backward(
-                dy, dstream, x, weight, mean, rstd, ctx.bias_dtype is not None
-            )
-            dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
-        dbranch = None if ctx.branch_dtype is None or dx is None else dx.to(ctx.branch_dtype)
+            dbranch = None if dstream is None else dstream.to(ctx.branch_dtype)
+            return dstream, dbranch, None, None, None, None
+        dx, dbranch, dweight, dbias = torch.ops.gpt_norms.layer_norm_backward(
+            dy, dstream, x, weight, mean, rstd, ctx.bias_dtype is not None, ctx.branch_dtype
+        )
+        if ctx.branch_dtype is None:
+            dbranch = None
+        elif ctx.branch_dtype == x.dtype:
+            dbranch = dx
+        dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
         return dx, dbranch, dweight, dbias, None, None
 
 
@@ -307,9 +322,10 @@ def warmup(
     gamma = torch.ones(C, dtype=weight, device="cuda", requires_grad=True)
     beta = torch.zeros(C, dtype=weight, device="cuda", requires_grad=True) if bias else None
     for dtype in {stream, branch}:
-        y, _ = AddNorm.apply(x, None, gamma, beta, 1e-5, dtype)
+        y, *_ = AddNorm.apply(x, None, gamma, beta, 1e-5, dtype)
         y.sum().backward()
-        y, total = AddNorm.apply(x, torch.zeros_like(x, dtype=branch), gamma, beta, 1e-5, dtype)
+        added = torch.zeros_like(x, dtype=branch).requires_grad_()
+        y, total, *_ = AddNorm.apply(x, added, gamma, beta, 1e-5, dtype)
         (y.sum() + total.sum()).backward()
 
 
@@ -321,11 +337,14 @@ def output_dtype(x: Tensor) -> torch.dtype:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """γ (x − μ)/√(σ² + ε) + β over the last axis, biased σ²."""
-    return AddNorm.apply(x, None, weight, bias, eps, output_dtype(x))[0]
+    return add_norm(x, None, weight, bias, eps)[0]
 
 
 def add_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(LayerNorm of x + branch, x + branch), in one pass over memory."""
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the LayerNorm of x + branch; x + branch; and each row's mean and 1/√(σ² + ε), fp32.
+
+    All in one pass over memory. Without a branch the second is empty: it would be x.
+    """
     return AddNorm.apply(x, branch, weight, bias, eps, output_dtype(x))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.errors import MissingInput
-from gpt.kernels.layer_norm import layer_norm
+from gpt.kernels.layer_norm import add_norm
 from gpt.norms.registry import register
 
 
@@ -15,7 +15,8 @@ class CudaLayerNorm(nn.Module):
     """y = γ (x − μ)/√(σ² + ε) + β over C, biased σ², in one CUDA kernel.  (B, T, C) → (B, T, C)
 
     Statistics are fp32; under autocast y has the autocast dtype, so that the product that follows
-    need not cast. Never a silent fallback: without a CUDA device MissingInput is raised.
+    need not cast. Given a branch as well it returns (norm of x + branch, x + branch), in the same
+    one pass. Never a silent fallback: without a CUDA device MissingInput is raised.
 
     n_embd  C
     eps     ε > 0
@@ -25,6 +26,7 @@ class CudaLayerNorm(nn.Module):
     axes = ("C",)
     causal_in_training = True
     batch_independent = True
+    adds = True  # takes the branch that the residual stream still has to add
 
     def __init__(self, n_embd: int, *, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
@@ -35,6 +37,11 @@ class CudaLayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(n_embd))  # γ
         self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None  # β
+        self.keep_rows = False  # while statistics are taken: leave the rows' own in `rows`
+        self.rows: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        y, stream, mean, rstd = add_norm(x, branch, self.weight, self.bias, self.eps)
+        if self.keep_rows:
+            self.rows = mean, rstd.square().reciprocal() - self.eps
+        return y if branch is None else (y, stream)

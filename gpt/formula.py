@@ -1,0 +1,70 @@
+"""Values that depend on depth, as a placement's yaml writes them.
+
+    alpha: (2*L)**(1/4)            a number, in l = 1 … L, the block, and L = model.n_layer
+    in: l > L/4                    whether a slot holds the run's norm
+    out: rms if l == 1 else layer  which norm a slot holds
+
+Arithmetic, comparisons, `… if … else …`, sqrt and log; nothing else is understood or ever run.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: math.pow,  # of floats only, so that 9**9**9 cannot take for ever
+    ast.Mod: operator.mod,
+    ast.USub: operator.neg,
+    ast.Not: operator.not_,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+FUNCTIONS: dict[str, Callable[[float], float]] = {"sqrt": math.sqrt, "log": math.log}
+
+
+def evaluate(formula: Any, l: int, L: int) -> float | bool | str:  # noqa: E741
+    """The value of `formula` at block `l` of `L`; a name other than l and L stands for itself.
+
+    ValueError where it is no formula or has no value there.
+    """
+
+    def value(node: ast.AST) -> Any:
+        match node:
+            case ast.Constant(value=bool() | int() | float() as constant):
+                return constant
+            case ast.Name(id=name):
+                return {"l": l, "L": L, "true": True, "false": False}.get(name, name)
+            case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
+                return OPERATORS[type(op)](value(operand))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+                return OPERATORS[type(op)](value(left), value(right))
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in OPERATORS:
+                return OPERATORS[type(op)](value(left), value(right))
+            case ast.BoolOp(op=ast.And(), values=values):
+                return all(value(v) for v in values)
+            case ast.BoolOp(op=ast.Or(), values=values):
+                return any(value(v) for v in values)
+            case ast.IfExp(test=test, body=body, orelse=orelse):
+                return value(body) if value(test) else value(orelse)
+            case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if (
+                name in FUNCTIONS
+            ):
+                return FUNCTIONS[name](value(argument))
+        raise ValueError(f"{ast.unparse(node)!r} is not understood")
+
+    try:
+        return value(ast.parse(str(formula), mode="eval").body)
+    except (SyntaxError, TypeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(str(error)) from error
