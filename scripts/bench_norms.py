@@ -3,7 +3,10 @@
 Forward and backward of N rows of C features, with and without the residual add, cold (the L2 cache
 flushed before each call) and warm, by this project's kernel and every peer that imports. Each row
 alternates between the kernels (A B C A B C …) and prints medians: time, bandwidth as a share of a
-copy measured in the same run, and the ratio to F.layer_norm. Writes bench_norms.json and .png.
+copy measured in the same run, and the ratio to F.layer_norm. Then whole GPT-2 blocks, forward and
+backward under autocast, with each LayerNorm, as written and compiled: under torch.compile a kernel
+of one's own keeps Inductor from fusing its neighbours, so only blocks tell. Writes bench_norms.json
+and bench_norms.png.
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt import cli
+from gpt.config import ModelConfig
 from gpt.errors import MissingInput
 from gpt.kernels.layer_norm import add_norm
+from gpt.model import Block, BlockPlan
+from gpt.norms.cuda_layer import CudaLayerNorm
+from gpt.norms.layer import LayerNorm
 
 ROWS = (8192, 65536)
 WIDTHS = (768, 1024, 1280, 1600, 4096)
@@ -169,6 +176,50 @@ def measure(
     }
 
 
+def block_step(
+    norm: type[nn.Module], n_head: int, compiled: bool, device: str
+) -> Callable[[], Any]:
+    """Forward and backward of two GPT-2 blocks of hs = 64 on (8, 1024, C), under autocast."""
+    config = ModelConfig(n_layer=2, n_head=n_head, n_embd=64 * n_head, block_size=1024, dropout=0.0)
+
+    def make_norm(site: str, width: int) -> nn.Module:
+        return norm(width) if site.endswith(".in") else nn.Identity()
+
+    blocks = nn.ModuleList(Block(config, f"h.{i}", make_norm, BlockPlan()) for i in range(2))
+    blocks.to(device)
+    x = torch.randn(8, 1024, config.n_embd, device=device, requires_grad=True)
+
+    def forward(x: Tensor) -> Tensor:
+        branch = torch.zeros_like(x)
+        for block in blocks:
+            x, branch = block(x, branch)
+        return x + branch
+
+    run = torch.compile(forward) if compiled else forward
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16):
+            y = run(x)
+        y.backward(torch.ones_like(y))
+
+    return step
+
+
+def measure_blocks() -> list[dict[str, Any]]:
+    rows = []
+    for n_head in (12, 16, 20, 25):  # GPT-2 small to XL
+        calls = {
+            f"{name} {'compiled' if compiled else 'eager'}": block_step(
+                norm, n_head, compiled, "cuda"
+            )
+            for compiled in (False, True)
+            for name, norm in (("ours", CudaLayerNorm), ("native", LayerNorm))
+        }
+        rows.append({"C": 64 * n_head, "ms": medians(calls, None)})
+        print(f"two blocks of C={64 * n_head}: {rows[-1]['ms']}")
+    return rows
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         raise MissingInput("bench_norms needs a CUDA device")
@@ -205,9 +256,8 @@ def main() -> None:
                         }
                         results.append(row)
                         print(describe(row))
-    (out / "bench_norms.json").write_text(
-        json.dumps({"machine": machine, "rows": results}, indent=1)
-    )
+    report = {"machine": machine, "rows": results, "blocks": measure_blocks()}
+    (out / "bench_norms.json").write_text(json.dumps(report, indent=1))
     draw(results, out / "bench_norms.png")
 
 
