@@ -30,7 +30,7 @@ from gpt.tokenizer import load_tokenizer
 
 @dataclass
 class TrainState:
-    """All that changes while training; the batches follow from `step`.
+    """All that changes while training; batches and dropout follow from `step`.
 
     setting  what must be the same when resuming, though no override names it: the tokens, the
              device and the precision that `auto` stood for
@@ -44,14 +44,13 @@ class TrainState:
 
 
 def save(run_dir: Path, state: TrainState, keep: int) -> None:
-    """Write `state` with the random number generators, and remove all but the newest `keep`."""
+    """Write `state`, and remove all but the newest `keep`."""
     folder = run_dir / "checkpoints" / f"step_{state.step}"
     temporary = folder.with_name(f"{folder.name}.tmp")
     temporary.mkdir(parents=True)
     tensors = {
         "model": state.model.state_dict(),
         "optimizer": optimizer_tensors(state.model, state.optimizer),
-        "rng": rng_tensors(device_of(state.model)),
     }
     for name, group in tensors.items():
         path = temporary / f"{name}.safetensors"
@@ -83,7 +82,7 @@ def restore(run_dir: Path, state: TrainState) -> bool:
     DataError is raised, since starting over silently would overwrite what can be rescued.
     """
     for leftover in (run_dir / "checkpoints").glob("*.tmp"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     folders = checkpoints(run_dir)
     folder = next((f for f in folders if is_valid(f)), None)
     if folder is None:
@@ -101,7 +100,6 @@ def restore(run_dir: Path, state: TrainState) -> bool:
     state.step, state.train_seconds = progress["step"], progress["train_seconds"]
     state.model.load_state_dict(load_file(folder / "model.safetensors"))
     load_optimizer(state.model, state.optimizer, load_file(folder / "optimizer.safetensors"))
-    restore_rng(device_of(state.model), load_file(folder / "rng.safetensors"))
     return True
 
 
@@ -187,25 +185,3 @@ def load_optimizer(
         state.setdefault(ordered.index(name), {})[entry] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def rng_tensors(device: torch.device) -> dict[str, Tensor]:
-    """The generators that dropout may draw from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def restore_rng(device: torch.device, states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
-    if device.type == "mps":
-        torch.mps.set_rng_state(states["mps"])

@@ -25,6 +25,7 @@ from gpt.formula import evaluate
 
 ATTN_SLOTS = ("in", "q", "k", "v", "mid", "out", "after")
 MLP_SLOTS = ("in", "mid", "out", "after")
+INIT = ("from", "swap_norm")
 WEIGHTS = ("q", "k", "v", "o", "fc1", "fc2")
 TOKENIZERS = ("bpe", "bytes", "gpt2")
 
@@ -194,7 +195,12 @@ class WandbConfig:
 
 @dataclass
 class Config:
-    """One training run. `norm` holds the name of a registered norm and its own options."""
+    """One training run.
+
+    norm  the name of a registered norm and its own options
+    init  `from`: a run directory whose trained weights this run starts from; `swap_norm`: the norm
+          that takes the place of that run's
+    """
 
     seed: int = MISSING
     device: str = MISSING
@@ -202,7 +208,9 @@ class Config:
     compile: bool = MISSING
     tokenizer: str = MISSING
     run_dir: str | None = MISSING
+    strict_causal: bool = MISSING
     norm: dict[str, Any] = MISSING
+    init: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(INIT))
     placement: PlacementConfig = MISSING
     model: ModelConfig = MISSING
     train: TrainConfig = MISSING
@@ -216,6 +224,11 @@ class Config:
         check_device(self.device)
         name = self.norm.get("name")
         check(isinstance(name, str), "norm.name", name, "a norm's name")
+        for key, value in self.init.items():
+            check_choice("init", key, INIT)
+            check(value is None or isinstance(value, str), f"init.{key}", value, "text")
+        if self.init["swap_norm"] and not self.init["from"]:
+            raise ConfigError("init.swap_norm: of which run? add init.from=RUN_DIR")
 
     def identity(self) -> dict[str, Any]:
         """The configuration without what cannot change a result: where it is written and shown."""
@@ -240,9 +253,12 @@ class SampleConfig:
     seed: int = MISSING
     step: int | None = MISSING
     device: str = MISSING
+    fold: bool = MISSING
+    norm_module: str | None = MISSING
     batch_stats: bool = MISSING
 
     def __post_init__(self) -> None:
+        check(not (self.fold and self.batch_stats), "fold", self.fold, "false with batch_stats")
         check(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "an integer >= 0")
         check(0 <= self.temperature < math.inf, "temperature", self.temperature, "a number >= 0")
         check(self.top_k >= 0, "top_k", self.top_k, "an integer >= 0")

@@ -25,6 +25,7 @@ from torch import Tensor
 from gpt import tokenizer as tokenizers
 from gpt.config import Config
 from gpt.corpus import Corpus, digest, open_corpus
+from gpt.distributed import share
 from gpt.errors import DataError
 from gpt.seeds import stream_seed
 
@@ -192,13 +193,16 @@ class TrainBatches:
     seed: int
 
     def at(self, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """The grad_accum micro-batches of `step`: inputs and targets, each (B, T)."""
+        """The grad_accum micro-batches of `step`: inputs and targets, each (B, T).
+
+        Of several processes each gets its share of every micro-batch.
+        """
         rng = np.random.default_rng([stream_seed(self.seed, "data"), step])
         starts = rng.integers(
             len(self.ids) - self.block_size, size=self.grad_accum * self.batch_size
         )
         for micro in starts.reshape(self.grad_accum, self.batch_size):
-            yield to_device(rows(self.ids, micro, self.block_size), device)
+            yield to_device(rows(self.ids, share(micro), self.block_size), device)
 
 
 @dataclass(frozen=True)

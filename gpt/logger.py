@@ -12,9 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gpt.config import Config
+from gpt.distributed import rank
 from gpt.files import flatten, read_jsonl, write_atomically
 
 
@@ -33,10 +34,15 @@ class RunLog:
     """Appends to `metrics.jsonl` and `stats.jsonl` of a run, and mirrors them to wandb.
 
     A resumed run drops the rows after `keep_until`, its checkpoint's step, and writes them again.
+    Of a run's several processes only the first writes.
     """
 
     def __init__(self, run_dir: Path, cfg: Config, keep_until: int) -> None:
         self.run_dir = run_dir
+        self.files: dict[str, TextIO] = {}
+        self.wandb = Wandb(run_dir, cfg)
+        if rank() > 0:
+            return
         for name in ("metrics.jsonl", "stats.jsonl"):
             rows = [row for row in read_jsonl(run_dir / name) if row["step"] <= keep_until]
             write_atomically(run_dir / name, "".join(to_json(row) + "\n" for row in rows))
@@ -44,7 +50,6 @@ class RunLog:
             name: (run_dir / f"{name}.jsonl").open("a", encoding="utf-8")
             for name in ("metrics", "stats")
         }
-        self.wandb = Wandb(run_dir, cfg)
 
     def metrics(self, step: int, **values: float) -> None:
         self.write("metrics", {"step": step, **values})
@@ -60,8 +65,9 @@ class RunLog:
         self.wandb.summary(values)
 
     def write(self, name: str, row: dict[str, Any]) -> None:
-        self.files[name].write(to_json(row) + "\n")
-        self.files[name].flush()
+        if name in self.files:
+            self.files[name].write(to_json(row) + "\n")
+            self.files[name].flush()
 
     def close(self) -> None:
         for file in self.files.values():
@@ -74,7 +80,8 @@ class Wandb:
 
     def __init__(self, run_dir: Path, cfg: Config) -> None:
         self.run: Any = None
-        if cfg.wandb.mode != "disabled" and os.environ.get("WANDB_MODE") != "disabled":
+        disabled = "disabled" in (cfg.wandb.mode, os.environ.get("WANDB_MODE"))
+        if rank() == 0 and not disabled:
             self.attempt(lambda: self.start(run_dir, cfg))
 
     def start(self, run_dir: Path, cfg: Config) -> None:
@@ -89,7 +96,9 @@ class Wandb:
         if not id_file.exists():
             write_atomically(id_file, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:16])
         # Only what describes the experiment: no paths, no environment.
-        config = {k: v for k, v in asdict(cfg).items() if k not in ("run_dir", "wandb", "data")}
+        paths = ("run_dir", "wandb", "data", "init")
+        config = {k: v for k, v in asdict(cfg).items() if k not in paths}
+        config["norm"] = {k: v for k, v in cfg.norm.items() if k != "module"}
         self.run = wandb.init(
             project=cfg.wandb.project,
             dir=str(run_dir),

@@ -15,16 +15,24 @@ from gpt.files import flatten, read_json, read_jsonl
 
 
 def load_summaries(folder: Path) -> list[dict[str, Any]]:
-    """The summaries of all runs below `folder`, best validation loss first, diverged runs last."""
+    """The summaries of all runs below `folder`, best validation loss first.
+
+    Last come runs that diverged, and before them those whose evaluation sees the future: their
+    validation loss is not a result.
+    """
     summaries = [
         read_json(path) | {"run_dir": str(path.parent)}
         for path in sorted(folder.rglob("summary.json"))
     ]
-    return sorted(summaries, key=lambda s: ("diverged_at" in s, s.get("val_loss") or math.inf))
+
+    def rank(s: dict[str, Any]) -> tuple[bool, bool, float]:
+        return "diverged_at" in s, bool(s["sees_in_evaluation"]), s.get("val_loss") or math.inf
+
+    return sorted(summaries, key=rank)
 
 
 def print_table(summaries: list[dict[str, Any]]) -> None:
-    """One line a run. Leaky training losses are marked: they are not comparable, never ranked."""
+    """One line a run. Leaky losses are marked: they are not comparable, never ranked."""
     labels = distinguish(summaries)
     table = Table(title="best validation loss first", title_justify="left")
     table.add_column("run", overflow="fold")
@@ -36,7 +44,8 @@ def print_table(summaries: list[dict[str, Any]]) -> None:
             table.add_row(name, f"diverged at {s['diverged_at']}", "", "", speed)
             continue
         train_loss = f"{s['train_loss']:.4f}" + " leaky" * s["leaky"]
-        table.add_row(name, f"{s['val_loss']:.4f}", f"{s['val_bpb']:.4f}", train_loss, speed)
+        val_loss = f"{s['val_loss']:.4f}" + " leaky" * bool(s["sees_in_evaluation"])
+        table.add_row(name, val_loss, f"{s['val_bpb']:.4f}", train_loss, speed)
     Console().print(table)
 
 

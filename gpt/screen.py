@@ -15,10 +15,10 @@ class Terminal(Console):
 
 
 class Screen:
-    """Lines of text, and a progress bar while training."""
+    """Lines of text, and a progress bar while training; nothing where it is `quiet`."""
 
-    def __init__(self, total: int) -> None:
-        self.console = Terminal(highlight=False, markup=False, soft_wrap=True)
+    def __init__(self, total: int, quiet: bool = False) -> None:
+        self.console = Terminal(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -46,7 +46,15 @@ class Screen:
         self.say("\n--- a sample " + "-" * 50)
         self.say(sample.strip("\n"))
         self.say("-" * 63)
-        leaky = "  (leaky: this norm saw later tokens and other samples)" * summary["leaky"]
-        self.say(f"train loss {summary['train_loss']:.4f}{leaky}")
-        self.say(f"val loss   {summary['val_loss']:.4f}  {summary['val_bpb']:.4f} bits per byte")
+        seen = {
+            mode: f"  (leaky: tokens saw {' and '.join(summary[f'sees_in_{mode}'])})"
+            if summary[f"sees_in_{mode}"]
+            else ""
+            for mode in ("training", "evaluation")
+        }
+        self.say(f"train loss {summary['train_loss']:.4f}{seen['training']}")
+        self.say(
+            f"val loss   {summary['val_loss']:.4f}  {summary['val_bpb']:.4f} bits per byte"
+            + seen["evaluation"]
+        )
         self.say(f"run        {run_dir}", style="bold")

@@ -73,6 +73,15 @@ def collect(
         def keep_gradient(gradient: Tensor) -> None:
             record[group, name, "grad_norm"] = gradient.detach().float().norm() * grad_scale
 
+        def compare(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+            # Before the running statistics have taken this batch in.
+            for key, value in zip(
+                ("tid_mean", "tid_std"), norm.discrepancy(inputs[0]), strict=True
+            ):
+                record[group, name, key] = value
+
+        if hasattr(module, "discrepancy"):
+            handles.append(module.register_forward_pre_hook(compare))
         handles.append(module.register_forward_hook(hook))
 
     for name, module in model.named_modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,24 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gpt import checkpoint, stats
+from gpt.causality import Sight, probe, refuse_leaks
 from gpt.checkpoint import TrainState
 from gpt.config import Config, save_config
 from gpt.data import Data, TrainBatches, ValBatches, prepare
 from gpt.device import autocast, make_deterministic, precision, resolve_device
+from gpt.distributed import mean_over_processes, on_any_process, processes, rank, world_size
 from gpt.errors import ConfigError, DataError, Diverged
 from gpt.files import read_json, read_jsonl, write_atomically
 from gpt.generate import generate
 from gpt.logger import RunLog
 from gpt.model import GPT
 from gpt.norms.batch import batch_statistics, with_batch_stats
-from gpt.norms.registry import sees_others
+from gpt.norms.registry import begin_step, norms_of, penalties
 from gpt.optim import lr_at, make_optimizer
 from gpt.placement import build_model
 from gpt.run_dir import locked, refuse_another_configuration, stop_signals
 from gpt.screen import Screen
 from gpt.seeds import stream_seed
+from gpt.surgery import transplant
 from gpt.tokenizer import save_tokenizer, token_bytes
 
 READ_EVERY = 10  # on an accelerator losses are read once in so many steps, since reading waits
@@ -45,6 +50,7 @@ class Run:
     device: torch.device
     data: Data
     model: GPT
+    sight: Sight
     screen: Screen
 
 
@@ -63,29 +69,35 @@ def train(cfg: Config, root: Path = Path("runs")) -> dict[str, Any]:
 
     Its directory is `cfg.run_dir`, or else a name under `root` that follows from `cfg`.
     """
-    screen = Screen(cfg.train.steps)
     run_dir = Path(cfg.run_dir) if cfg.run_dir else root / cfg.run_name()
-    with locked(run_dir):
+    with processes(), locked(run_dir) if rank() == 0 else nullcontext():
+        screen = Screen(cfg.train.steps, quiet=rank() > 0)
         refuse_another_configuration(run_dir, cfg)
         data = prepare(cfg)
         if (run_dir / "DONE").exists():
             return finished(run_dir, cfg, data, screen)
 
         run, state = set_up(cfg, run_dir, data, screen)
-        save_config(cfg, run_dir / "config.yaml")
-        save_tokenizer(run.data.tokenizer, run_dir / "tokenizer.json")
+        if rank() == 0:
+            save_config(cfg, run_dir / "config.yaml")
+            save_tokenizer(run.data.tokenizer, run_dir / "tokenizer.json")
         resumed = checkpoint.restore(run_dir, state)
         introduce(run)
         if resumed:
             screen.say(f"resuming {run_dir} at step {state.step}", style="green")
+        elif cfg.init["from"]:
+            screen.say(transplant(run.model, cfg, data.train.header.fingerprint))
         log = RunLog(run_dir, cfg, keep_until=state.step if resumed else -1)
         try:
             run_steps(run, state, log)
+            if rank() > 0:
+                return {}  # the first process has the files
             summary = summarise(run, state)
             log.summary(summary)
             write_atomically(run_dir / "DONE", cfg.hash() + "\n")
         except Diverged:
-            log.summary(summarise(run, state) | {"diverged_at": state.step})
+            if rank() == 0:
+                log.summary(summarise(run, state) | {"diverged_at": state.step})
             raise
         finally:
             log.close()
@@ -118,13 +130,18 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
     """The run before its first step."""
     device = resolve_device(cfg.device)
     make_deterministic(device)
-    model = build_model(cfg, data.tokenizer.n_vocab).to(device)
-    if sees_others(model) and cfg.train.batch_size * cfg.model.block_size == 1:
+    if cfg.train.batch_size % world_size():
         raise ConfigError(
-            f"norm={cfg.norm['name']}: train.batch_size=1 and model.block_size=1 give one value a "
-            "feature, whose variance is 0; raise either"
+            f"train.batch_size={cfg.train.batch_size}: expected a multiple of the "
+            f"{world_size()} processes"
         )
-    torch.manual_seed(stream_seed(cfg.seed, "dropout"))  # dropout alone draws from it from here on
+    model = build_model(cfg, data.tokenizer.n_vocab).to(device)
+    for norm in with_batch_stats(model):
+        norm.deferred = cfg.train.grad_accum > 1
+    refuse_single_values(model, cfg)
+    sight = probe(model, data.tokenizer.n_vocab, cfg.model.block_size, cfg.train.steps)
+    if cfg.strict_causal:
+        refuse_leaks(sight)
     setting = {
         "corpus": data.train.header.corpus_sha256,
         "tokenizer": data.train.header.fingerprint,
@@ -133,7 +150,21 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
         "configuration": cfg.hash(),
     }
     state = TrainState(0, 0.0, model, make_optimizer(model, cfg.optim), setting)
-    return Run(cfg, run_dir, device, data, model, screen), state
+    return Run(cfg, run_dir, device, data, model, sight, screen), state
+
+
+def refuse_single_values(model: GPT, cfg: Config) -> None:
+    """ConfigError where a norm would take the variance of one value, which is 0."""
+    sizes = {"B": cfg.train.batch_size, "T": cfg.model.block_size}
+    for norm in norms_of(model):
+        over = [axis for axis in norm.axes if axis in sizes]
+        if over and math.prod(sizes[axis] for axis in over) == 1:
+            keys = {"B": "train.batch_size=1", "T": "model.block_size=1"}
+            raise ConfigError(
+                f"norm={cfg.norm['name']}: {' and '.join(keys[axis] for axis in over)} give"
+                f"{'s' * (len(over) == 1)} one value a feature, whose variance is 0; raise "
+                f"{'either' if len(over) > 1 else 'it'}"
+            )
 
 
 def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
@@ -146,11 +177,14 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
     batches = TrainBatches(run.data.train.ids, t.batch_size, t.grad_accum, block_size, cfg.seed)
     val = ValBatches(run.data.val.ids, t.batch_size, block_size, t.eval_tokens)
     bytes_of = torch.tensor(token_bytes(run.data.tokenizer), device=device)
-    compiled: nn.Module = run.model
+    model: nn.Module = run.model
+    if world_size() > 1:
+        model = DistributedDataParallel(model, broadcast_buffers=False)
+    compiled = model
     if cfg.compile:
         torch.compiler.reset()  # what other cells of a sweep have compiled
-        compiled = torch.compile(run.model)  # type: ignore[assignment]
-    leaky = {"leaky": True} if sees_others(run.model) else {}
+        compiled = torch.compile(model)  # type: ignore[assignment]
+    leaky = {"leaky": True} if run.sight.training else {}
     unread: list[Row] = []
 
     def evaluate_and_log() -> None:
@@ -168,15 +202,16 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             step = state.step + 1
             counting = t.stats_every > 0 and (step == 1 or step % t.stats_every == 0)
             # Statistics hook into the model as it is written, not as it is compiled.
-            forward = run.model if counting else compiled
+            forward = model if counting else compiled
             row, record = update(run, state, forward, batches, step, counting)
             state.step = step
             unread.append(row)
 
             evaluating = step % t.eval_every == 0 or step == t.steps
-            stopping = bool(signals)  # looked at once: what says "stopped" has been saved
-            saving = step % t.checkpoint_every == 0 or step == t.steps or stopping
             reading = device.type == "cpu" or step % READ_EVERY == 0
+            # Looked at once, and by all processes alike: what says "stopped" has been saved.
+            stopping = reading and on_any_process(bool(signals))
+            saving = step % t.checkpoint_every == 0 or step == t.steps or stopping
             if not (reading or counting or evaluating or saving):
                 continue
             rows = read(unread)
@@ -192,18 +227,18 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
                 log.stats(step, stats.table(record))
             if evaluating:
                 evaluate_and_log()
-            if saving:
+            if saving and rank() == 0:
                 checkpoint.save(run.dir, state, t.keep_checkpoints)
             if stopping and step < t.steps:
                 run.screen.say(f"stopped at step {step}; the same command resumes there")
-                raise SystemExit(128 + signals[0])
+                raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
             started = time.perf_counter()
 
 
 def update(
     run: Run,
     state: TrainState,
-    forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    forward: nn.Module,
     batches: TrainBatches,
     step: int,
     counting: bool,
@@ -217,16 +252,18 @@ def update(
     accum = cfg.train.grad_accum
     losses: list[Tensor] = []
     record: stats.Record = {}
+    begin_step(run.model, step, cfg.train.steps)
+    torch.manual_seed(stream_seed(cfg.seed, f"dropout/{step}/{rank()}"))  # nothing else draws
     for x, y in batches.at(step, run.device):
         watching: AbstractContextManager[stats.Record] = nullcontext(record)
         if counting and not losses:
             watching = stats.collect(run.model, run.model.streams(), accum)
-        with watching as record:
+        with watching as record, gradients_stay(forward, len(losses) < accum - 1):
             with autocast(run.device, cfg.dtype):
                 _, loss = forward(x, y)
-            (loss / accum).backward()
+            ((loss + penalties(run.model)) / accum).backward()
         losses.append(loss.detach())
-    loss = torch.stack(losses).mean()
+    loss = mean_over_processes(torch.stack(losses).mean())
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.optim.grad_clip or math.inf)
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
     lr = lr_at(step, cfg.train.steps, cfg.optim)
@@ -238,7 +275,16 @@ def update(
     elif finite:
         optimizer.step()
     optimizer.zero_grad()
+    for norm in with_batch_stats(run.model):
+        if norm.deferred:
+            norm.commit()
     return Row(step, lr, loss, grad_norm), record
+
+
+def gradients_stay(forward: nn.Module, more_to_come: bool) -> AbstractContextManager[None]:
+    """Inside, processes do not exchange gradients yet: further micro-batches will add to them."""
+    no_sync: Callable[[], AbstractContextManager[None]] = getattr(forward, "no_sync", nullcontext)
+    return no_sync() if more_to_come else nullcontext()
 
 
 def read(rows: list[Row]) -> list[dict[str, Any]]:
@@ -321,16 +367,10 @@ def introduce(run: Run) -> None:
         run.screen.say(
             f"optim.warmup_steps={cfg.optim.warmup_steps}: the run ends before optim.lr is reached"
         )
-    if sees_others(run.model):
-        run.screen.say(
-            f"leaky: in training norm={cfg.norm['name']} sees later tokens and other samples; its "
-            "training loss is not comparable, its validation loss (running statistics) is",
-            style="yellow",
-        )
-        if cfg.train.batch_size == 1:
-            run.screen.say(
-                "train.batch_size=1: the statistics are those of one sample", style="yellow"
-            )
+    for line in run.sight.lines():
+        run.screen.say(line, style="yellow")
+    if cfg.train.batch_size == 1 and any("B" in norm.axes for norm in norms_of(run.model)):
+        run.screen.say("train.batch_size=1: the statistics are those of one sample", style="yellow")
 
 
 def summarise(run: Run, state: TrainState) -> dict[str, Any]:
@@ -346,7 +386,9 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
         **{k: v for k, v in evaluations[-1].items() if k != "step"},
         "best_val_loss": min((r["val_loss"] for r in evaluations if r["val_loss"]), default=None),
         "train_loss": sum(losses) / max(1, len(losses)),
-        "leaky": sees_others(run.model),
+        "leaky": bool(run.sight.training),
+        "sees_in_training": list(run.sight.training),
+        "sees_in_evaluation": list(run.sight.evaluation),
         "norm": cfg.norm["name"],
         "placement": cfg.placement.name,
         "batch_size": t.batch_size,

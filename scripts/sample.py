@@ -22,14 +22,23 @@ def main(raw: DictConfig) -> None:
     cfg = typed(raw)
     from gpt.checkpoint import load_model  # after the configuration is checked
     from gpt.device import resolve_device
+    from gpt.fold import fold
     from gpt.generate import generate
     from gpt.norms.batch import batch_statistics, with_batch_stats
+    from gpt.norms.registry import load_module
     from gpt.tokenizer import load_tokenizer
 
+    if cfg.norm_module:
+        load_module(cfg.norm_module)
     model = load_model(cfg.run_dir, cfg.step, resolve_device(cfg.device))
     tokenizer = load_tokenizer(Path(cfg.run_dir) / "tokenizer.json")
     if cfg.batch_stats and not with_batch_stats(model):
         raise ConfigError("batch_stats=true: no norm of this run has statistics over the batch")
+    if cfg.fold:
+        counts = fold(model)
+        if not counts["folded"] + counts["affine"]:
+            raise ConfigError("fold=true: no norm of this run is a fixed map in evaluation")
+        print(", ".join(f"{n} {what}" for what, n in counts.items()), file=sys.stderr)
     print(cfg.prompt, end="", flush=True)
     with batch_statistics(model) if cfg.batch_stats else nullcontext():
         for piece in generate(
@@ -46,5 +55,5 @@ def main(raw: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = [cli.literal(arg, "prompt", "run_dir") for arg in sys.argv[1:]]
+    sys.argv[1:] = [cli.literal(arg, "prompt", "run_dir", "norm_module") for arg in sys.argv[1:]]
     cli.run(main)

@@ -12,11 +12,11 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from gpt import cli
 from gpt.config import register_schemas, typed
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, nearest
 
 register_schemas()
 
@@ -24,14 +24,32 @@ register_schemas()
 @hydra.main(config_path=str(cli.CONFIGS), config_name="train", version_base="1.3")
 @cli.one_line_errors
 def main(raw: DictConfig) -> None:
+    hydra_config = HydraConfig.get()
+    if raw.init.get("swap_norm"):
+        swap_norm(raw, hydra_config.overrides.task)
     cfg = typed(raw)
     from gpt.trainer import train  # after the configuration is checked: torch takes seconds
 
-    hydra_config = HydraConfig.get()
+    if cfg.norm.get("module"):
+        from gpt.norms.registry import load_module
+
+        load_module(cfg.norm["module"])
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     if hydra_config.runtime.choices.get("sweep") and not sweeping:
         raise ConfigError("sweep=...: add -m to run its cells, or leave it out for a single run")
     train(cfg, root=Path(hydra_config.sweep.dir if sweeping else "runs"))
+
+
+def swap_norm(raw: DictConfig, overrides: list[str]) -> None:
+    """Put the configuration of the norm `init.swap_norm` in the place of `norm`'s."""
+    name = raw.init.swap_norm
+    options = sorted(path.stem for path in (cli.CONFIGS / "norm").glob("*.yaml"))
+    if name not in options:
+        expected = f"expected one of {', '.join(options)}{nearest(name, options)}"
+        raise ConfigError(f"init.swap_norm={name}: {expected}")
+    if any(override.startswith(("norm=", "norm.")) for override in overrides):
+        raise ConfigError(f"init.swap_norm={name} says which norm: leave out norm=… beside it")
+    raw.norm = OmegaConf.load(cli.CONFIGS / "norm" / f"{name}.yaml")
 
 
 def sweep_dir(argv: list[str]) -> Path | None:
@@ -51,9 +69,13 @@ def sweep_dir(argv: list[str]) -> Path | None:
 
 
 if __name__ == "__main__":
+    # A norm's yaml has no `module` but `norm=module`'s: it may be added to any.
+    sys.argv[1:] = [f"++{a}" if a.startswith("norm.module=") else a for a in sys.argv[1:]]
     folder = sweep_dir(sys.argv[1:])
     if folder is None:
-        sys.argv[1:] = [cli.literal(arg, "data.path", "run_dir") for arg in sys.argv[1:]]
+        sys.argv[1:] = [
+            cli.literal(arg, "data.path", "run_dir", "init.from") for arg in sys.argv[1:]
+        ]
         cli.run(main)
     else:
         sys.argv.append(f"hydra.sweep.dir={folder}")

@@ -15,8 +15,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+import gpt.norms  # noqa: F401
 from gpt.config import Config, register_schemas, typed
+from gpt.norms.registry import NORMS, load_module, norm_class
 
+BUILDABLE = [n for n in NORMS if n != "cuda_layer" or torch.cuda.is_available()]
 REPO = Path(__file__).resolve().parent.parent
 TINY = {
     "model.n_layer": 2,
@@ -42,6 +45,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite tests/golden from this machine's runs"
     )
+    parser.addoption("--norm", help="run the conformance suite for this norm, and nothing else")
+    parser.addoption("--norm-module", help="a Python file that registers a norm of your own")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--norm-module"):
+        load_module(config.getoption("--norm-module"))
+    if config.getoption("--norm"):
+        norm_class(config.getoption("--norm"))  # or the error that names the nearest
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `norm_name` runs for every registered norm that this machine can build."""
+    if "norm_name" in metafunc.fixturenames:
+        one = metafunc.config.getoption("--norm")
+        metafunc.parametrize("norm_name", [one] if one else BUILDABLE)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--norm"):
+        chosen = [item for item in items if "norm_name" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -44,8 +44,7 @@ def test_a_run_directory_holds_what_the_design_says(finished: Path) -> None:
     }  # fmt: skip
     newest = finished / "checkpoints" / "step_6"
     assert {p.name for p in newest.iterdir()} == {
-        "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json",
-        "manifest.json",
+        "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json",
     }  # fmt: skip
 
 
@@ -91,7 +90,7 @@ def test_where_all_are_damaged_nothing_is_started_over(
     run_dir: Path, config: Callable[..., Config]
 ) -> None:
     for folder in checkpoints(run_dir):
-        flip_a_bit(folder / "rng.safetensors")
+        flip_a_bit(folder / "optimizer.safetensors")
     (run_dir / "DONE").unlink()
     with pytest.raises(DataError, match="no checkpoint is intact"):
         train(config("norm=batch", f"run_dir={run_dir}"))

@@ -19,18 +19,22 @@ from gpt.errors import ConfigError
 from tests.conftest import REPO
 
 # Each line may import from the lines below it only, and not from its own.
+BASES = ["norms.layer", "norms.batch", "norms.rms"]  # that other norms build upon
 NORMS = [f"norms.{p.stem}" for p in (REPO / "gpt/norms").glob("[a-z]*.py") if p.stem != "registry"]
+NORMS = [name for name in NORMS if name not in (*BASES, "norms.repbn")]
 LAYERS = [
     ["trainer"],
-    ["generate", "results"],
+    ["generate", "results", "surgery"],
     ["checkpoint", "run_dir", "screen"],
-    ["placement"],
+    ["placement", "fold"],
     ["model", "norms.__init__"],
-    [*NORMS, "data", "optim", "stats", "logger", "device"],
+    [*NORMS, "data", "optim", "stats", "causality", "logger", "device"],
+    ["norms.repbn"],
+    BASES,
     ["norms.registry", "kernels.layer_norm", "tokenizer", "corpus", "cli"],
     ["config"],
     ["files", "kernels.nvrtc"],
-    ["errors", "seeds", "formula"],
+    ["errors", "seeds", "formula", "distributed"],
     ["__init__", "kernels.__init__"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
@@ -109,13 +113,13 @@ def test_the_norm_that_the_readme_adds_works(monkeypatch: pytest.MonkeyPatch) ->
     readme = (REPO / "README.md").read_text()
     blocks = re.findall(r"```(python|yaml)\n(.*?)```", readme, re.DOTALL)
     monkeypatch.setattr(registry, "NORMS", dict(registry.NORMS))
-    exec(next(code for kind, code in blocks if kind == "python"), {"__name__": "scale"})
+    exec(next(code for kind, code in blocks if kind == "python"), {"__name__": "length"})
     options = OmegaConf.create(next(code for kind, code in blocks if kind == "yaml"))
     x = torch.randn(2, 3, 8)
     y = registry.build_norm(n_embd=8, **options)(x)
     torch.testing.assert_close(y.norm(dim=-1), torch.full((2, 3), 8**0.5))
     with pytest.raises(ConfigError, match="did you mean 'eps'"):
-        registry.build_norm("scale", 8, epz=1)
+        registry.build_norm("length", 8, epz=1)
     assert make_config("data=pydoc")  # the configuration still composes
 
 

@@ -55,25 +55,28 @@ def test_a_failed_cell_is_named_and_the_others_go_on(corpus: Path, tmp_path: Pat
     assert "best validation loss first" in result.stdout
 
 
-def test_a_diverged_run_is_listed_last_and_as_such(
+def test_leaky_validation_and_diverged_runs_are_listed_last_and_as_such(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = {
         "val_bpb": 2.0, "train_loss": 2.0, "placement": "pre", "batch_size": 4, "seed": 1,
-        "leaky": False, "tokens_per_s": 1.0,
+        "leaky": False, "sees_in_evaluation": [], "tokens_per_s": 1.0,
     }  # fmt: skip
     for name, extra in {
         "good": {"val_loss": 3.0},
         "worse": {"val_loss": None, "val_bpb": None, "train_loss": None, "diverged_at": 1},
         "bad": {"val_loss": 1.0, "diverged_at": 7},
+        "cheat": {"val_loss": 0.1, "sees_in_evaluation": ["later tokens"]},
     }.items():
         (tmp_path / name).mkdir()
         row = base | {"norm": name} | extra
         (tmp_path / name / "summary.json").write_text(json.dumps(row))
     summaries = load_summaries(tmp_path)
-    assert [s["norm"] for s in summaries] == ["good", "bad", "worse"]
+    assert [s["norm"] for s in summaries] == ["good", "cheat", "bad", "worse"]
     print_table(summaries)
-    assert "diverged" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "diverged" in shown
+    assert "0.1000 leaky" in shown
 
 
 def test_the_table_names_what_differs(corpus: Path, tmp_path: Path) -> None:

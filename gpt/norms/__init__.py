@@ -3,5 +3,8 @@
 import importlib
 import pkgutil
 
+from gpt.norms.registry import load_entry_points
+
 for module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{module.name}")
+load_entry_points()

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.norms.registry import register
+from gpt.distributed import mean_over_processes, world_size
+from gpt.norms.registry import check_at_least, register, wide
+
+
+def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of x over `dims`, of all processes' x. Two passes, fp32 or wider."""
+    x32 = wide(x)
+    mean = mean_over_processes(x32.mean(dims))
+    return mean, mean_over_processes((x32 - mean).square().mean(dims))
 
 
 @register("batch")
@@ -20,45 +28,104 @@ class BatchNorm(nn.Module):
     In training μ and σ² (biased) run over B and T: a token sees later tokens and other samples.
     In evaluation they are the running statistics, r ← (1 − momentum) r + momentum·batch, whose
     variance is unbiased (÷ BT−1): a fixed affine map, causal, and the only choice for one sample.
+    A step of several micro-batches or processes is one batch to the running statistics; several
+    processes also share μ and σ².
 
     n_embd    C
     eps       ε > 0
     momentum  in [0, 1], the weight of the newest batch
 
+    Use it to see what a norm over the batch does, or where inference must cost nothing: it folds
+    into the next Linear. Not with small batches, nor where a training loss must mean anything.
     Training on a single value per feature (B·T = 1) raises ValueError: its variance is 0.
     Ioffe, Szegedy 2015, arXiv:1502.03167.
     """
 
-    axes = ("B", "T")
-    causal_in_training = False
-    batch_independent = False
+    axes: ClassVar[tuple[str, ...]] = ("B", "T")
+    evaluation_axes: ClassVar[tuple[str, ...]] = ()
+    invariances: ClassVar[tuple[str, ...]] = ("shift", "scale")
+    correction = 1  # the running variance is unbiased: ÷ n − 1
 
     running_mean: Tensor
     running_var: Tensor
+    seen_mean: Tensor
+    seen_square: Tensor
+    seen_count: Tensor
 
     def __init__(self, n_embd: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
-        if eps <= 0:
-            raise ValueError(f"norm.eps={eps}: expected a number > 0")
+        check_at_least(1e-30, eps=eps)
         if not 0 <= momentum <= 1:
             raise ValueError(f"norm.momentum={momentum}: expected a number in [0, 1]")
         self.eps, self.momentum = eps, momentum
         self.weight = nn.Parameter(torch.ones(n_embd))  # γ
         self.bias = nn.Parameter(torch.zeros(n_embd))  # β
-        self.register_buffer("running_mean", torch.zeros(n_embd))
-        self.register_buffer("running_var", torch.ones(n_embd))
+        self.statistics(n_embd)
         self.batch_stats = False  # evaluate with the batch's own statistics, see batch_statistics
+        self.deferred = False  # leave commit() to the trainer, once a step
+
+    def statistics(self, *shape: int) -> None:
+        """Buffers: the running statistics, and those of the micro-batches of the current step."""
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer("running_var", torch.ones(shape))
+        for name in ("seen_mean", "seen_square"):
+            self.register_buffer(name, torch.zeros(shape), persistent=False)
+        self.register_buffer("seen_count", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)  # (B·T, C): a feature is a column
-        mean, variance = self.running_mean, self.running_var
-        if self.batch_stats:  # of this batch, and nothing is remembered; one row alone gives y = β
-            variance, mean = torch.var_mean(rows.detach().to(mean.dtype), 0, unbiased=False)
-        training = self.training and not self.batch_stats
-        y = F.batch_norm(
-            rows, mean, variance, self.weight, self.bias, training, self.momentum, self.eps
-        )
-        return y.view_as(x)
+        if not (self.training or self.batch_stats):
+            return self.normalise(x, self.running_mean, self.running_var)
+        count = x.shape[:-1].numel() * world_size()
+        if count == 1 and self.training:
+            raise ValueError("BatchNorm in training needs more than 1 value a feature (B·T > 1)")
+        if self.training and not self.deferred and world_size() == 1:  # the same, in one kernel
+            rows, running = x.flatten(0, -2), (self.running_mean, self.running_var)
+            affine = (self.weight, self.bias)
+            return F.batch_norm(rows, *running, *affine, True, self.momentum, self.eps).view_as(x)
+        mean, variance = moments(x, (0, 1))
+        if self.training and not self.batch_stats:
+            self.observe(mean.detach(), variance.detach(), count)
+        return self.normalise(x, mean, variance)
+
+    def normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """γ (x − mean)/√(variance + ε) + β."""
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return ((wide(x) - mean) * scale + self.bias).to(x.dtype)
+
+    @torch.no_grad()
+    def observe(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Take in `count` more values by their mean and biased variance (Chan's formula)."""
+        total = self.seen_count + count
+        delta = mean - self.seen_mean
+        self.seen_mean += delta * (count / total)
+        self.seen_square += variance * count + delta.square() * (self.seen_count * count / total)
+        self.seen_count.copy_(total)
+        if not self.deferred:
+            self.commit()
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Move the running statistics towards those seen since the last time."""
+        weight = self.momentum * (self.seen_count > 0)
+        unbiased = self.seen_square / (self.seen_count - self.correction).clamp_min(1)
+        self.running_mean += weight * (self.seen_mean - self.running_mean)
+        self.running_var += weight * (unbiased - self.running_var)
+        for seen in (self.seen_mean, self.seen_square, self.seen_count):
+            seen.zero_()
+
+    @torch.no_grad()
+    def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Training against inference: mean |μ_run − μ_B|/σ_B and mean |σ_run/σ_B − 1| (RBN)."""
+        mean, variance = moments(x, (0, 1))
+        std = (variance + self.eps).sqrt()
+        running_std = (self.running_var + self.eps).sqrt()
+        return ((self.running_mean - mean).abs() / std).mean(), (running_std / std - 1).abs().mean()
+
+    @torch.no_grad()
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift), (C,) each: in evaluation y = x·scale + shift."""
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        return scale, self.bias - self.running_mean * scale
 
 
 @contextmanager

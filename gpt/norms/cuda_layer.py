@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gpt.errors import MissingInput
 from gpt.kernels.layer_norm import add_norm
-from gpt.norms.registry import register
+from gpt.norms.registry import check_at_least, register
 
 
 @register("cuda_layer")
@@ -21,19 +21,20 @@ class CudaLayerNorm(nn.Module):
     n_embd  C
     eps     ε > 0
     bias    whether there is a β
+
+    Use it in place of `layer` on an NVIDIA GPU.
+    Ba, Kiros, Hinton 2016, arXiv:1607.06450.
     """
 
     axes = ("C",)
-    causal_in_training = True
-    batch_independent = True
+    invariances = ("shift", "scale")
     adds = True  # takes the branch that the residual stream still has to add
 
     def __init__(self, n_embd: int, *, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
         if not torch.cuda.is_available():
             raise MissingInput("norm 'cuda_layer' needs a CUDA device; use norm=layer")
-        if eps <= 0:
-            raise ValueError(f"norm.eps={eps}: expected a number > 0")
+        check_at_least(1e-30, eps=eps)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(n_embd))  # γ
         self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None  # β

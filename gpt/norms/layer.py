@@ -6,19 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.norms.registry import register
+from gpt.norms.registry import check_at_least, register, wide
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, unbiased: bool = False
+) -> Tensor:
     """γ (x − μ)/√(σ² + ε) + β over the last axis, in fp32 or wider.
 
     σ² is the biased variance (÷ C, not ÷ C−1): `torch.var` is unbiased by default and would be
     off by √(C/(C−1)). Two passes: E[x²] − μ² in one would cancel where |μ| ≫ σ.
     """
-    x32 = x if x.dtype == torch.float64 else x.float()
+    x32, C = wide(x), x.shape[-1]
     centred = x32 - x32.mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True)
-    y = centred * torch.rsqrt(variance + eps) * weight
+    variance = centred.square().sum(-1, keepdim=True) / (C - 1 if unbiased else C)
+    y = centred * torch.rsqrt(variance + eps)
+    y = y if weight is None else y * weight
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -28,29 +31,39 @@ class LayerNorm(nn.Module):
 
     γ and β are shared by all tokens: dL/dγ = Σ_bt dy·x̂, dL/dβ = Σ_bt dy.
 
-    n_embd  C
-    eps     ε ≥ 0
-    bias    whether there is a β
-    fast    `F.layer_norm`; otherwise the formula above it in this file
+    n_embd    C
+    eps       ε ≥ 0
+    bias      whether there is a β
+    affine    whether there are γ and β; without them OLMo's
+    unbiased  σ² ÷ C−1, as `torch.var` has it by default: the classic mismatch, to be seen
+    fast      `F.layer_norm`; otherwise the formula above it in this file
 
+    Use it where a model must treat a token the same in any company, from any batch: the default.
     Ba, Kiros, Hinton 2016, arXiv:1607.06450.
     """
 
     axes = ("C",)
-    causal_in_training = True
-    batch_independent = True
+    invariances = ("shift", "scale")
 
     def __init__(
-        self, n_embd: int, *, eps: float = 1e-5, bias: bool = True, fast: bool = True
+        self,
+        n_embd: int,
+        *,
+        eps: float = 1e-5,
+        bias: bool = True,
+        affine: bool = True,
+        unbiased: bool = False,
+        fast: bool = True,
     ) -> None:
         super().__init__()
-        if eps < 0:
-            raise ValueError(f"norm.eps={eps}: expected a number >= 0")
-        self.eps, self.fast = eps, fast
-        self.weight = nn.Parameter(torch.ones(n_embd))  # γ
-        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None  # β
+        check_at_least(0, eps=eps)
+        if unbiased and n_embd < 2:
+            raise ValueError("norm.unbiased=True: one feature has no unbiased variance")
+        self.eps, self.unbiased, self.fast = eps, unbiased, fast and not unbiased
+        self.weight = nn.Parameter(torch.ones(n_embd)) if affine else None  # γ
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if affine and bias else None  # β
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fast:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps, self.unbiased)

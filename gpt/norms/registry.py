@@ -2,59 +2,108 @@
 
     @register("scale")
     class ScaleNorm(nn.Module):
-        axes, causal_in_training, batch_independent = ("C",), True, True
+        axes = ("C",)
 
         def __init__(self, n_embd: int, *, eps: float = 1e-5) -> None: ...
 
 The keyword arguments of the constructor are the norm's configuration: their names and types are
 the schema, and a value they refuse with `ValueError` is reported as a configuration error.
+
+What a norm may have beside `forward`, each looked for where it is used:
+
+    begin_step(step, steps)  called before each training step, 1 to steps
+    penalty                  a scalar tensor of the last forward, added to what is minimised
+    commit()                 called after each step: statistics seen in it become running ones
+    discrepancy(x)           how far x's own statistics are from the running ones
+    affine()                 in evaluation: (scale, shift), (C,) each, where it is x·scale + shift
+    adds                     it takes (x, branch) and gives (norm of the sum, sum)
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from gpt.errors import ConfigError, nearest
+from gpt.errors import ConfigError, MissingInput, nearest
 
 NORMS: dict[str, type[nn.Module]] = {}
-
-CLAIMS = ("axes", "causal_in_training", "batch_independent")
 
 
 def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Class decorator. The class says what it is, and the tests probe whether that is true:
 
-    axes                the axes of (B, T, C) that its statistics run over
-    causal_in_training  no output depends on a later token
-    batch_independent   no output depends on another sample
+    axes             those of (B, T, C) that its statistics run over in training; B: a token's
+                     output depends on other samples, T: on later tokens
+    evaluation_axes  the same in evaluation, where that differs
+    invariances      what of "shift" (x + c) and "scale" (c·x) leaves its training output as it is
     """
 
-    def decorate(cls: type[nn.Module]) -> type[nn.Module]:
+    def decorate(cls: Any) -> Any:
         if name in NORMS:
             raise ValueError(f"norm {name!r} is registered twice: {NORMS[name]} and {cls}")
-        missing = [claim for claim in CLAIMS if not hasattr(cls, claim)]
-        if missing:
-            raise ValueError(f"norm {name!r} does not declare {', '.join(missing)}")
+        if not set(getattr(cls, "axes", "?")) <= {"B", "T", "C"}:
+            raise ValueError(f"norm {name!r} does not declare axes, some of ('B', 'T', 'C')")
+        cls.evaluation_axes = getattr(cls, "evaluation_axes", cls.axes)
+        cls.invariances = getattr(cls, "invariances", ())
         NORMS[name] = cls
         return cls
 
     return decorate
 
 
-def norm_class(name: str) -> type[nn.Module]:
+def norm_class(name: str) -> Any:
     """The registered class, or the one-line error with the nearest name."""
     if name not in NORMS:
         raise ConfigError(f"norm={name}: expected one of {', '.join(NORMS)}{nearest(name, NORMS)}")
     return NORMS[name]
 
 
-def build_norm(name: str, n_embd: int, **options: Any) -> nn.Module:
-    """A norm over `n_embd` features; `options` are checked against the constructor's signature."""
+def load_module(path: str) -> None:
+    """Run a Python file of the user's, whose norms register themselves; a second time is nothing.
+
+    Only a path that was given on the command line gets here.
+    """
+    file = Path(path).resolve()
+    name = f"gpt_norms_user_{file.stem}"
+    if not file.is_file():
+        raise MissingInput(f"norm.module={path}: no such file")
+    if getattr(sys.modules.get(name), "__file__", None) == str(file):
+        return
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"norm.module={path}: expected a Python file, *.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"norm.module={path}: {type(error).__name__}: {error}") from error
+    sys.modules[name] = module
+
+
+def load_entry_points() -> None:
+    """Import the norms that installed packages offer under the entry point group `gpt_norms`."""
+    for point in entry_points(group="gpt_norms"):
+        point.load()
+
+
+def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any) -> nn.Module:
+    """A norm over `n_embd` features; `options` are checked against the constructor's signature.
+
+    module  the file of the user's that registered it. It is not run here: a configuration that
+            lies in a run directory must not be able to run code, so that `load_module` is called
+            where the command line names it
+    """
+    if module is not None and name not in NORMS:
+        raise ConfigError(f"norm={name}: is registered by {module}; add norm_module={module}")
     cls = norm_class(name)
     parameters = inspect.signature(cls, eval_str=True).parameters
     known = {k: p for k, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -82,13 +131,30 @@ def accepts(annotation: Any, value: Any) -> bool:
     return any(accepts(a, value) for a in alternatives) or type(value) is annotation
 
 
-def sees_others(module: nn.Module) -> bool:
-    """Whether a token's output in training holds later tokens or other samples: `leaky`."""
-    return any(
-        not (norm.causal_in_training and norm.batch_independent) for norm in norms_of(module)
-    )
-
-
 def norms_of(module: nn.Module) -> list[Any]:
     """Every registered norm inside `module`, in order."""
     return [m for m in module.modules() if type(m) in NORMS.values()]
+
+
+def begin_step(model: nn.Module, step: int, steps: int) -> None:
+    """Tell the norms that change while training which of its `steps` begins."""
+    for norm in norms_of(model):
+        if hasattr(norm, "begin_step"):
+            norm.begin_step(step, steps)
+
+
+def penalties(model: nn.Module) -> Tensor | float:
+    """What the norms add to the loss that is minimised; the loss that is logged is without."""
+    return sum((n.penalty for n in norms_of(model) if hasattr(n, "penalty")), 0.0)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32 or wider, which is what statistics are taken in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_at_least(least: float, **options: float) -> None:
+    """ValueError, in the words of the command line, for an option below `least`."""
+    for key, value in options.items():
+        if value < least:
+            raise ValueError(f"norm.{key}={value}: expected a number >= {least:g}")

@@ -1,0 +1,71 @@
+"""One run on several processes: `torchrun --nproc-per-node=2 scripts/train.py …`.
+
+Each takes an equal share of every batch, so that the run is the same whatever their number is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Inside, the processes that torchrun has started know one another; alone, nothing happens."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def share(rows: np.ndarray) -> np.ndarray:
+    """This process's part of the rows, as many as every other's."""
+    return rows.reshape(world_size(), -1)[rank()]
+
+
+def on_any_process(flag: bool) -> bool:
+    """Whether `flag` holds on one of the processes; all must ask."""
+    if world_size() == 1:
+        return flag
+    flags = [False] * world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
+class MeanOverProcesses(torch.autograd.Function):
+    """The mean of a tensor over all processes, whose gradient is the mean of theirs."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / world_size()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return MeanOverProcesses.forward(ctx, gradient)
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """x where there is one process; else the mean of all of theirs, which all must ask for."""
+    return MeanOverProcesses.apply(x) if world_size() > 1 else x

@@ -1,0 +1,69 @@
+"""A LayerNorm that is taken away while training: at last it divides by a constant."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gpt.distributed import mean_over_processes
+from gpt.norms.registry import check_at_least, register, wide
+
+
+@register("anneal")
+class AnnealedLayerNorm(nn.Module):
+    """y = γ (x − μ) ((1 − λ)/σ + λ/σ̄) + β, λ from 0 to 1 by a straight line.  (B, T, C) → (B, T, C)
+
+    σ = √(biased variance over C + ε); σ̄ is its mean over tokens, running until `start` and constant
+    from there on. At λ = 1 what is left is linear: a model without norms.
+
+    n_embd    C
+    eps       ε > 0
+    start     fraction of the training at which λ leaves 0
+    end       and at which it reaches 1, start < end ≤ 1
+    momentum  in [0, 1], the weight of the newest batch in σ̄
+
+    Use it with init.from, on a model trained with `layer`, to take its norms away. The straight
+    line may be too steep near its end, where no token's own scale is left.
+    After Heimersheim 2024, "You can remove GPT2's LayerNorm by fine-tuning", arXiv:2409.13710.
+    """
+
+    axes = ("C",)
+    invariances = ("shift",)
+    running_std: Tensor  # σ̄
+    fade: Tensor  # λ
+
+    def __init__(
+        self,
+        n_embd: int,
+        *,
+        eps: float = 1e-5,
+        start: float = 0.2,
+        end: float = 0.8,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        check_at_least(1e-30, eps=eps)
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"norm.start={start}, norm.end={end}: expected 0 <= start < end <= 1")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"norm.momentum={momentum}: expected a number in [0, 1]")
+        self.eps, self.start, self.end, self.momentum = eps, start, end, momentum
+        self.weight = nn.Parameter(torch.ones(n_embd))  # γ
+        self.bias = nn.Parameter(torch.zeros(n_embd))  # β
+        self.register_buffer("running_std", torch.ones(()))
+        self.register_buffer("fade", torch.zeros(()))
+
+    def begin_step(self, step: int, steps: int) -> None:
+        done = ((step - 1) / steps - self.start) / (self.end - self.start)
+        self.fade.fill_(min(1.0, max(0.0, done)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = wide(x)
+        centred = x32 - x32.mean(-1, keepdim=True)
+        std = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        if self.training:
+            mean_std = mean_over_processes(std.detach().mean())
+            off = mean_std - self.running_std
+            self.running_std += self.momentum * (self.fade == 0) * off
+        rstd = (1 - self.fade) / std + self.fade / self.running_std
+        return (centred * rstd * self.weight + self.bias).to(x.dtype)

@@ -1,0 +1,62 @@
+"""BatchNorm by position: each feature at each time by its column over the batch alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt.distributed import world_size
+from gpt.norms.batch import BatchNorm, moments
+from gpt.norms.registry import check_at_least, register
+
+
+@register("batch_pos")
+class PositionBatchNorm(BatchNorm):
+    """y = γ (x − μ_t)/√(σ_t² + ε) + β, a μ and σ² for each position and feature.
+
+    (B, T, C) → (B, T, C). In training they run over B alone: no token sees a later one, but it sees
+    other samples at its own position. In evaluation they are T·C running statistics.
+
+    n_embd      C
+    block_size  the largest T
+    eps         ε > 0
+    momentum    in [0, 1], the weight of the newest batch
+
+    Use it to tell BatchNorm's two leaks apart: neighbours, not the future. Needs B > 1, else
+    ValueError, and large batches to be of use, since its statistics are of B values only.
+    This project's; the formula is Ioffe, Szegedy 2015, arXiv:1502.03167.
+    """
+
+    axes = ("B",)
+
+    def __init__(
+        self, n_embd: int, *, block_size: int, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
+        super().__init__(n_embd, eps=eps, momentum=momentum)
+        check_at_least(1, block_size=block_size)
+        self.statistics(block_size, n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        T = x.shape[1]
+        if not (self.training or self.batch_stats):
+            return self.normalise(x, self.running_mean[:T], self.running_var[:T])
+        count = x.shape[0] * world_size()
+        if count == 1 and self.training:
+            raise ValueError("norm=batch_pos in training needs more than 1 sample a batch (B > 1)")
+        mean, variance = moments(x, (0,))
+        if self.training and not self.batch_stats:
+            later = (self.running_mean[T:], self.running_var[T:])  # unseen, and so they stay
+            unseen = [torch.cat([a, b]) for a, b in zip((mean, variance), later, strict=True)]
+            self.observe(unseen[0].detach(), unseen[1].detach(), count)
+        return self.normalise(x, mean, variance)
+
+    @torch.no_grad()
+    def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As BatchNorm's, over positions and features."""
+        mean, variance = moments(x, (0,))
+        std, T = (variance + self.eps).sqrt(), x.shape[1]
+        running_std = (self.running_var[:T] + self.eps).sqrt()
+        off = (self.running_mean[:T] - mean).abs() / std
+        return off.mean(), (running_std / std - 1).abs().mean()
+
+    affine = None  # type: ignore[assignment]  # one map a position: no Linear could take it in

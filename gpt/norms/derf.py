@@ -1,0 +1,33 @@
+"""Dynamic erf: as Dynamic Tanh, with the error function and a learned shift."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gpt.norms.registry import register
+
+
+@register("derf")
+class DynamicErf(nn.Module):
+    """y = γ erf(α x + s) + β, numbers α and s, γ and β a feature.  (B, T, C) → (B, T, C)
+
+    n_embd  C
+    alpha   α at first
+    shift   s at first
+
+    Use it as `dyt`; its authors find it better than that.
+    Chen, Lu, Zhu, Sun, Liu 2025, arXiv:2512.10938.
+    """
+
+    axes = ()
+
+    def __init__(self, n_embd: int, *, alpha: float = 0.5, shift: float = 0.0) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor([alpha]))
+        self.shift = nn.Parameter(torch.tensor([shift]))
+        self.weight = nn.Parameter(torch.ones(n_embd))  # γ
+        self.bias = nn.Parameter(torch.zeros(n_embd))  # β
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * torch.erf(self.alpha * x + self.shift) + self.bias).to(x.dtype)

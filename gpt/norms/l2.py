@@ -1,0 +1,32 @@
+"""L2 norm: each token on the unit sphere."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gpt.norms.registry import check_at_least, register, wide
+
+
+@register("l2")
+class L2Norm(nn.Module):
+    """y = x/max(‖x‖, ε) over C, no parameters.  (B, T, C) → (B, T, C)
+
+    n_embd  C, not used
+    eps     ε > 0, so that a row of zeros stays one
+
+    Use it to see what a norm is without γ; features come out √C smaller than LayerNorm's, which
+    the weights after it must make up for.
+    Loshchilov, Hsieh, Sun, Ginsburg 2024 (nGPT), arXiv:2410.01131.
+    """
+
+    axes = ("C",)
+    invariances = ("scale",)
+
+    def __init__(self, n_embd: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        check_at_least(1e-30, eps=eps)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = wide(x)
+        return (x32 / x32.norm(dim=-1, keepdim=True).clamp_min(self.eps)).to(x.dtype)

@@ -1,0 +1,92 @@
+"""PowerNorm: each feature by its running root mean square, with a backward pass of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt.distributed import mean_over_processes, world_size
+from gpt.norms.batch import BatchNorm
+from gpt.norms.registry import check_at_least, register, wide
+
+
+class Divide(torch.autograd.Function):
+    """x̂ = x/√ψ, ψ from earlier steps; backward as if ψ were this batch's, by a running ν.
+
+    dx = (dx̂ − ν x̂)/√ψ;  ν ← ν (1 − (1 − α) Γ) + (1 − α) Λ,  Γ = mean x̂², Λ = mean dx̂·x̂.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, psi: Tensor, nu: Tensor, momentum: float) -> Tensor:
+        rstd = psi.rsqrt()
+        x_hat = x * rstd
+        ctx.save_for_backward(x_hat, rstd)
+        ctx.nu, ctx.momentum = nu, momentum
+        return x_hat
+
+    @staticmethod
+    def backward(ctx: Any, dx_hat: Tensor) -> tuple[Tensor, None, None, None]:
+        x_hat, rstd = ctx.saved_tensors
+        nu, momentum = ctx.nu, ctx.momentum
+        dx = (dx_hat - nu * x_hat) * rstd
+        gamma = mean_over_processes(x_hat.square().mean((0, 1)))
+        lam = mean_over_processes((dx_hat * x_hat).mean((0, 1)))
+        nu.mul_(1 - momentum * gamma).add_(momentum * lam)
+        return dx, None, None, None
+
+
+@register("power")
+class PowerNorm(BatchNorm):
+    """y = γ x/√(ψ + ε) + β, ψ a mean of x² over B and T, in the end a running one.
+
+    (B, T, C) → (B, T, C). For the first `warmup_steps` ψ is the batch's own, and a token sees later
+    tokens and other samples; then it is the earlier steps' running mean, in training as in
+    evaluation, and the gradient is the paper's approximation.
+
+    n_embd        C
+    eps           ε > 0
+    momentum      1 − α, in [0, 1], the weight of the newest batch
+    warmup_steps  at least 0
+
+    Use it where BatchNorm's statistics fluctuate too much; the mean is not taken away.
+    Shen, Yao, Gholami, Mahoney, Keutzer 2020, arXiv:2003.07845.
+    """
+
+    invariances = ("scale",)
+    correction = 0
+    nu: Tensor
+
+    def __init__(
+        self, n_embd: int, *, eps: float = 1e-5, momentum: float = 0.1, warmup_steps: int = 100
+    ) -> None:
+        super().__init__(n_embd, eps=eps, momentum=momentum)
+        check_at_least(0, warmup_steps=warmup_steps)
+        self.warmup_steps, self.warming = warmup_steps, warmup_steps > 0
+        self.register_buffer("nu", torch.zeros(n_embd))
+
+    def begin_step(self, step: int, steps: int) -> None:
+        self.warming = step <= self.warmup_steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32, psi = wide(x), self.running_var  # ψ is kept as the variance of a mean that is 0
+        if self.training or self.batch_stats:
+            square = mean_over_processes(x32.square().mean((0, 1)))
+            if self.training and not self.batch_stats:
+                count = x.shape[:-1].numel() * world_size()
+                self.observe(torch.zeros_like(psi), square.detach(), count)
+            if self.batch_stats or self.warming:
+                x_hat = x32 * torch.rsqrt(square + self.eps)
+            else:
+                x_hat = Divide.apply(x32, psi + self.eps, self.nu, self.momentum)
+        else:
+            x_hat = x32 * torch.rsqrt(psi + self.eps)
+        return (self.weight * x_hat + self.bias).to(x.dtype)
+
+    @torch.no_grad()
+    def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """0, for there is no mean; and mean |√(ψ_run/ψ_B) − 1|."""
+        square = mean_over_processes(wide(x).square().mean((0, 1))) + self.eps
+        off = ((self.running_var + self.eps) / square).sqrt() - 1
+        return torch.zeros_like(off[0]), off.abs().mean()

@@ -1,0 +1,47 @@
+"""Progressive RepBN: RMSNorm at first, a BatchNorm that folds away at last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt.norms.registry import register
+from gpt.norms.repbn import RepBatchNorm
+from gpt.norms.rms import RMSNorm
+
+
+@register("prepbn")
+class ProgressiveRepBatchNorm(RepBatchNorm):
+    """y = λ RMSNorm(x) + (1 − λ) RepBN(x), λ from 1 to 0 by a straight line.  (B, T, C) → (B, T, C)
+
+    n_embd         C
+    eps, momentum  as BatchNorm's
+    fraction       of the training after which λ is 0, in (0, 1]
+
+    Use it where a norm must cost nothing at inference and BatchNorm alone trains badly.
+    Guo, Chen, Tang, Wang 2024 (SLAB), arXiv:2405.11582.
+    """
+
+    fade: Tensor  # λ
+
+    def __init__(
+        self, n_embd: int, *, eps: float = 1e-5, momentum: float = 0.1, fraction: float = 0.5
+    ) -> None:
+        super().__init__(n_embd, eps=eps, momentum=momentum)
+        if not 0 < fraction <= 1:
+            raise ValueError(f"norm.fraction={fraction}: expected a number in (0, 1]")
+        self.fraction = fraction
+        self.rms = RMSNorm(n_embd, eps=eps)
+        self.register_buffer("fade", torch.ones(()))
+
+    def begin_step(self, step: int, steps: int) -> None:
+        self.fade.fill_(max(0.0, 1 - (step - 1) / (self.fraction * steps)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fade * self.rms(x) + (1 - self.fade) * super().forward(x)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def affine(self) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]
+        """None as long as there is a share of RMSNorm."""
+        return None if self.fade > 0 else super().affine()

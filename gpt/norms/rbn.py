@@ -1,0 +1,53 @@
+"""Regularised BatchNorm: the loss also asks the batch's statistics to be the running ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt.distributed import world_size
+from gpt.norms.batch import BatchNorm, moments
+from gpt.norms.registry import check_at_least, register
+
+
+@register("rbn")
+class RegularisedBatchNorm(BatchNorm):
+    """BatchNorm, with λ₁ ‖μ_run − μ_B‖² + λ₂ Σ|σ²_run − σ²_B| added to what is minimised.
+
+    (B, T, C) → (B, T, C). The logged loss is without it.
+
+    n_embd         C
+    eps, momentum  as BatchNorm's
+    mean_weight    λ₁ ≥ 0
+    var_weight     λ₂ ≥ 0
+
+    Use it where BatchNorm validates far worse than it trains: the penalty works against the
+    discrepancy between training and inference. Not for the leak, which stays.
+    Wu, Xiong, Zheng, Chen 2022, arXiv:2210.05153.
+    """
+
+    penalty: Tensor
+
+    def __init__(
+        self,
+        n_embd: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        mean_weight: float = 0.01,
+        var_weight: float = 0.01,
+    ) -> None:
+        super().__init__(n_embd, eps=eps, momentum=momentum)
+        check_at_least(0, mean_weight=mean_weight, var_weight=var_weight)
+        self.mean_weight, self.var_weight = mean_weight, var_weight
+        self.penalty = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.batch_stats:
+            return super().forward(x)
+        mean, variance = moments(x, (0, 1))
+        off_mean = (self.running_mean - mean).square().sum()
+        off_var = (self.running_var - variance).abs().sum()
+        self.penalty = self.mean_weight * off_mean + self.var_weight * off_var
+        self.observe(mean.detach(), variance.detach(), x.shape[:-1].numel() * world_size())
+        return self.normalise(x, mean, variance)

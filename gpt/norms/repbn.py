@@ -1,0 +1,35 @@
+"""RepBN: BatchNorm and a share of its input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gpt.norms.batch import BatchNorm
+from gpt.norms.registry import register
+
+
+@register("repbn")
+class RepBatchNorm(BatchNorm):
+    """y = BatchNorm(x) + η x, one learned number η, 1 at first.  (B, T, C) → (B, T, C)
+
+    n_embd         C
+    eps, momentum  as BatchNorm's
+
+    Use it as `batch`; it folds into the next Linear just so, as one affine map.
+    Guo, Chen, Tang, Wang 2024 (SLAB), arXiv:2405.11582.
+    """
+
+    invariances = ()
+
+    def __init__(self, n_embd: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(n_embd, eps=eps, momentum=momentum)
+        self.eta = nn.Parameter(torch.ones(1))  # η
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (self.eta * x).to(x.dtype)
+
+    @torch.no_grad()
+    def affine(self) -> tuple[Tensor, Tensor]:
+        scale, shift = super().affine()
+        return scale + self.eta, shift

@@ -1,0 +1,358 @@
+"""What every norm must do and be, whatever its name: pytest --norm NAME runs it for one norm.
+
+Nothing here knows a norm, but for `references.py`: a norm that registers itself is tested. One of
+your own: pytest --norm-module my_norms.py --norm NAME.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gpt.norms.layer import LayerNorm
+from gpt.norms.registry import NORMS, begin_step, build_norm
+from tests.conftest import REPO
+from tests.references import REFERENCES
+
+Make = Callable[[int], Any]  # width → norm
+T = 6  # the largest time in these tests
+
+
+def make(name: str) -> Make:
+    """The norm at its defaults, halfway through a training of 100 steps; γ, β and all other
+    parameters away from where they start."""
+    known = inspect.signature(NORMS[name]).parameters
+    options: dict[str, Any] = {"block_size": T} if "block_size" in known else {}
+    if "groups" in known:
+        options["groups"] = 1  # a divisor of every width
+
+    def build(width: int) -> nn.Module:
+        norm = build_norm(name, width, **options)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in norm.parameters():
+            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+        begin_step(norm, 50, 100)
+        return norm
+
+    return build
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def pure(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x) as a function: what it remembers is forgotten again."""
+    state = {**dict(norm.named_parameters()), **{k: b.clone() for k, b in norm.named_buffers()}}
+    return functional_call(norm, state, (x,))
+
+
+def trained(norm: nn.Module, width: int = 8) -> Any:
+    """The norm in evaluation after a few training batches, so that its buffers hold something."""
+    norm.train()
+    for seed in range(3):
+        norm(randn(4, T, width, seed=seed) * 2 + 1)
+    return norm.eval()
+
+
+# --- the checks, as functions, so that planted faults can be shown to them ----------------------
+
+
+def check_precision(build: Make, reference: Any, x: Tensor) -> None:
+    """In fp32 it is as near to float64's result as rounding its input, or a mean of it, allows."""
+    norm, exactly = build(x.shape[-1]), build(x.shape[-1]).double()
+    reference = reference or (lambda x, n: pure(n, x))
+    x64 = x.double()
+    expected = reference(x64, exactly)
+    noise = [1 + 2.0**-23 * randn(*x.shape, seed=s, dtype=torch.float64) for s in (1, 2, 3)]
+    changes = [(reference(x64 * n, exactly) - expected).abs() for n in noise]
+    rounded_input = torch.stack(changes).amax(0).amax(-1, keepdim=True)
+    # A mean is off by 2⁻²³ of the largest value, and divided by a deviation over C, T or B and T.
+    deviations = [
+        x64.var(dims, unbiased=False, keepdim=True) for dims in ((2,), (1,), (0,), (0, 1))
+    ]
+    least = torch.stack([d.expand(x.shape) for d in deviations]).amin(0).add(1e-5).sqrt()
+    rounded_mean = 2.0**-23 * x64.abs().max() / least
+    allowed = 32 * rounded_input + 8 * rounded_mean + 4e-6 * expected.abs().max().clamp_min(1)
+    error = (pure(norm, x).double() - expected).abs()
+    assert bool((error <= allowed).all()), f"{error.max()}, {(error / allowed).max()} × too much"
+
+
+def check_sight(build: Make, axes: tuple[str, ...], evaluation_axes: tuple[str, ...]) -> None:
+    """Others are seen along the declared axes, and along these only."""
+    norm, x = build(8), randn(3, T, 8)
+    trained(norm)
+    for training, declared in ((True, axes), (False, evaluation_axes)):
+        norm.train(training)
+        y = pure(norm, x)
+
+        def seen(at: tuple[int, int], y: Tensor = y) -> Tensor:
+            other = x.clone()
+            other[at] += 3 * randn(8, seed=5)
+            changes: Tensor = (pure(norm, other) - y).abs().amax(-1) > 0  # (B, T)
+            return changes
+
+        assert bool(seen((1, T - 1))[1, : T - 1].any()) is ("T" in declared), f"future, {training=}"
+        neighbours = seen((0, T - 1))[1:]
+        assert bool(neighbours.any()) is ("B" in declared), f"neighbours, {training=}"
+
+
+def check_invariances(build: Make, declared: tuple[str, ...]) -> None:
+    """x + c and c·x leave the training output as it is, where that is declared, and only there."""
+    norm, x = build(8).double(), 10 * randn(3, T, 8, dtype=torch.float64)
+    y = pure(norm, x)
+    for name, other in (("shift", x + 7.0), ("scale", 3.0 * x)):
+        close = bool(((pure(norm, other) - y).abs().max() < 1e-4 * y.abs().max()).item())
+        assert close is (name in declared), name
+
+
+def check_affine_gradients(build: Make) -> None:
+    """dγ = Σ dy·x̂ and dβ = Σ dy over all tokens: one γ and β serve them all."""
+    norm = build(6).double()
+    x, dy = randn(2, 3, 6, dtype=torch.float64), randn(2, 3, 6, seed=1, dtype=torch.float64)
+    parameters = {key: getattr(norm, key, None) for key in ("weight", "bias")}
+    parameters = {key: p for key, p in parameters.items() if p is not None}
+    if not parameters:
+        return
+    pure(norm, x).backward(dy)
+    for key, parameter in parameters.items():
+        with torch.no_grad():  # y is linear in both: x̂, or 1, is what one more of it adds
+            y = pure(norm, x)
+            parameter += 1
+            per_token = pure(norm, x) - y
+            parameter -= 1
+        total = (dy * per_token).sum((0, 1))
+        expected = total if parameter.numel() > 1 else total.sum()[None]
+        torch.testing.assert_close(parameter.grad, expected, msg=f"the gradient of {key}")
+
+
+# --- the suite ----------------------------------------------------------------------------------
+
+WIDTHS = [1, 2, 3, 7, 8, 33, 768]
+
+
+@given(
+    width=st.sampled_from(WIDTHS),
+    offset=st.sampled_from([0.0, 1.0, -30.0, 1e3, 1e4]),
+    scale=st.sampled_from([1e-3, 1e-2, 1.0, 1e2]),
+    constant_row=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=60)
+def test_it_is_its_formula_to_the_last_digits(
+    norm_name: str, width: int, offset: float, scale: float, constant_row: bool, seed: int
+) -> None:
+    x = randn(3, T, width, seed=seed) * scale + offset
+    if constant_row:
+        x[1, 2] = offset
+    check_precision(make(norm_name), REFERENCES.get(norm_name), x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_its_gradient_is_right_in_float64(norm_name: str, training: bool) -> None:
+    norm = trained(make(norm_name)(5), 5).double().train(training)
+    x = (randn(2, 3, 5, dtype=torch.float64) + 0.5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: pure(norm, x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("training", [True, False])
+def test_its_output_has_its_input_s_dtype_and_half_precision_is_only_rounded(
+    norm_name: str, dtype: torch.dtype, training: bool
+) -> None:
+    norm = trained(make(norm_name)(33), 33).train(training)
+    norm = norm.double() if dtype == torch.float64 else norm
+    x = randn(3, T, 33).to(dtype)
+    y = pure(norm, x)
+    assert y.dtype == dtype
+    exact = pure(norm.double(), x.double())
+    tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-12
+    torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_it_runs_under_autocast(norm_name: str) -> None:
+    norm, x = make(norm_name)(8), randn(3, T, 8).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    assert y.dtype in (torch.float32, torch.bfloat16)
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_never_covered_up(norm_name: str, bad: float, training: bool) -> None:
+    """A named error, or it is seen in the output; or, of infinity, the formula has a limit."""
+    norm, x = trained(make(norm_name)(8)).train(training), randn(3, T, 8)
+    x[1, 2, 3] = bad
+    try:
+        y = pure(norm, x)[1, 2]
+    except ValueError:
+        return
+    if y.isfinite().all():
+        assert bad == bad, "NaN has no limit"
+        x[1, 2, 3] = 1e30 if bad > 0 else -1e30
+        torch.testing.assert_close(pure(norm, x)[1, 2], y)
+
+
+def test_gamma_s_and_beta_s_gradients_are_shared_sums(norm_name: str) -> None:
+    check_affine_gradients(make(norm_name))
+
+
+def test_it_sees_along_its_declared_axes_only(norm_name: str) -> None:
+    cls: Any = NORMS[norm_name]
+    check_sight(make(norm_name), cls.axes, cls.evaluation_axes)
+
+
+def test_its_invariances_are_the_declared_ones(norm_name: str) -> None:
+    cls: Any = NORMS[norm_name]
+    check_invariances(make(norm_name), cls.invariances)
+
+
+def test_its_state_survives_saving_and_loading(norm_name: str) -> None:
+    norm, other, x = trained(make(norm_name)(8)), make(norm_name)(8).eval(), randn(3, T, 8)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    other.load_state_dict(norm.state_dict())
+    assert torch.equal(norm(x), other(x))
+
+
+def test_its_input_is_left_as_it_was_and_the_result_repeats(norm_name: str) -> None:
+    norm, x = trained(make(norm_name)(8)), randn(3, T, 8)
+    for training in (True, False):
+        before = x.clone()
+        assert torch.equal(pure(norm.train(training), x), pure(norm, x))
+        assert torch.equal(x, before)
+
+
+def test_one_token_of_one_sample_can_be_evaluated(norm_name: str) -> None:
+    norm = trained(make(norm_name)(8))
+    assert norm(randn(1, 1, 8)).isfinite().all()
+    whole = randn(1, T, 8)
+    if "T" not in NORMS[norm_name].evaluation_axes:  # type: ignore[attr-defined]
+        torch.testing.assert_close(norm(whole)[:, :2], norm(whole[:, :2]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_it_compiles_without_a_graph_break(norm_name: str, training: bool) -> None:
+    norm, x = trained(make(norm_name)(8)).train(training), randn(3, T, 8)
+    expected = pure(norm, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    inputs = x.clone().requires_grad_()
+    y = compiled(inputs)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert inputs.grad is not None
+
+
+def test_no_parameter_of_it_would_be_decayed(norm_name: str) -> None:
+    assert all(p.dim() < 2 for p in make(norm_name)(8).parameters())
+
+
+def test_in_evaluation_it_is_the_affine_map_that_it_says(norm_name: str) -> None:
+    norm, x = trained(make(norm_name)(8)), randn(3, T, 8)
+    map_ = norm.affine() if getattr(norm, "affine", None) else None
+    if map_ is None:
+        return
+    torch.testing.assert_close(norm(x), x * map_[0] + map_[1], rtol=1e-5, atol=1e-5)
+
+
+def test_its_yaml_builds_it_and_its_docstring_says_what_it_is(norm_name: str) -> None:
+    cls = NORMS[norm_name]
+    doc = inspect.getdoc(cls) or ""
+    if not cls.__module__.startswith("gpt.norms."):
+        return  # yours: a yaml and a card are up to you
+    raw = OmegaConf.load(REPO / "configs" / "norm" / f"{norm_name}.yaml")
+    raw = OmegaConf.merge({"model": {"block_size": T}}, {"norm": raw})
+    options = OmegaConf.to_container(raw.norm, resolve=True)
+    assert isinstance(options, dict)
+    build_norm(n_embd=8, **options)  # type: ignore[misc]
+    parameters = inspect.signature(cls).parameters
+    required = {k for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert set(options) - {"name"} == required, "the yaml lists every option"
+    defaults = {k: parameters[k].default for k in required}
+    for key, default in defaults.items():
+        assert default in (inspect.Parameter.empty, options[key]), key
+    assert "y = " in doc or "BatchNorm, with" in doc
+    assert "Use it " in doc
+    assert "arXiv:" in doc or "Raschka" in doc
+
+
+# --- planted faults are caught ------------------------------------------------------------------
+
+
+class OnePass(LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = x.square().mean(-1, keepdim=True) - mean.square()
+        return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
+
+
+class Unbiased(LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (x.var(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
+
+
+class EpsOutside(LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        std = centred.square().mean(-1, keepdim=True).sqrt() + self.eps
+        return centred / std * self.weight + self.bias
+
+
+class BatchMean(LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean((0, 1))
+        variance = centred.square().mean(-1, keepdim=True)
+        return centred / (variance + self.eps).sqrt() * self.weight + self.bias
+
+
+class GammaTwice(LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.weight
+
+
+def mutant(cls: type[LayerNorm]) -> Make:
+    return lambda width: cls(width)
+
+
+@pytest.mark.parametrize(
+    ("cls", "offset", "scale"),
+    [(OnePass, 1e3, 1.0), (Unbiased, 0.0, 1.0), (EpsOutside, 0.0, 1e-2), (BatchMean, 0.0, 1.0)],
+)
+def test_a_planted_fault_in_the_formula_is_caught(
+    cls: type[LayerNorm], offset: float, scale: float
+) -> None:
+    x = randn(3, T, 33) * scale + offset
+    check_precision(mutant(LayerNorm), REFERENCES["layer"], x)
+    with pytest.raises(AssertionError):
+        check_precision(mutant(cls), REFERENCES["layer"], x)
+
+
+def test_a_false_claim_is_caught() -> None:
+    check_sight(mutant(LayerNorm), ("C",), ("C",))
+    with pytest.raises(AssertionError, match="future, training=True"):
+        check_sight(mutant(BatchMean), ("C",), ("C",))
+    with pytest.raises(AssertionError, match="neighbours"):
+        check_sight(make("batch_pos"), ("C",), ())
+    with pytest.raises(AssertionError, match="training=False"):
+        check_sight(make("instance"), ("T",), ())
+    with pytest.raises(AssertionError, match="shift"):
+        check_invariances(make("rms"), ("shift", "scale"))
+    with pytest.raises(AssertionError, match="scale"):
+        check_invariances(make("layer"), ("shift",))
+    with pytest.raises(AssertionError):
+        check_affine_gradients(mutant(GammaTwice))
