@@ -70,18 +70,18 @@ class PowerNorm(BatchNorm):
         self.warming = step <= self.warmup_steps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32, psi = wide(x), self.running_var  # ψ is kept as the variance of a mean that is 0
+        x32, psi = wide(x), self.running_var + self.eps  # ψ: a variance around a mean of 0
         if self.training or self.batch_stats:
             square = mean_over_processes(x32.square().mean((0, 1)))
             if self.training and not self.batch_stats:
                 count = x.shape[:-1].numel() * world_size()
-                self.observe(torch.zeros_like(psi), square.detach(), count)
+                self.observe(torch.zeros_like(square), square.detach(), count)
             if self.batch_stats or self.warming:
                 x_hat = x32 * torch.rsqrt(square + self.eps)
             else:
-                x_hat = Divide.apply(x32, psi + self.eps, self.nu, self.momentum)
+                x_hat = Divide.apply(x32, psi, self.nu, self.momentum)
         else:
-            x_hat = x32 * torch.rsqrt(psi + self.eps)
+            x_hat = x32 * torch.rsqrt(psi)
         return (self.weight * x_hat + self.bias).to(x.dtype)
 
     @torch.no_grad()

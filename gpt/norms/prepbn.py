@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt.norms.registry import register
 from gpt.norms.repbn import RepBatchNorm
-from gpt.norms.rms import RMSNorm
+from gpt.norms.rms import rms_norm
 
 
 @register("prepbn")
@@ -31,14 +31,16 @@ class ProgressiveRepBatchNorm(RepBatchNorm):
         if not 0 < fraction <= 1:
             raise ValueError(f"norm.fraction={fraction}: expected a number in (0, 1]")
         self.fraction = fraction
-        self.rms = RMSNorm(n_embd, eps=eps)
+        self.rms_weight = nn.Parameter(torch.ones(n_embd))  # RMSNorm's γ
         self.register_buffer("fade", torch.ones(()))
 
     def begin_step(self, step: int, steps: int) -> None:
         self.fade.fill_(max(0.0, 1 - (step - 1) / (self.fraction * steps)))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.fade * self.rms(x) + (1 - self.fade) * super().forward(x)
+        y = self.fade * rms_norm(x, self.rms_weight, self.eps) + (1 - self.fade) * super().forward(
+            x
+        )
         return y.to(x.dtype)
 
     @torch.no_grad()

@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from gpt.norms.registry import check_at_least, register, wide
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, n_seen: int | None = None) -> Tensor:
+    """γ x/√(mean x² + ε), the mean over the first `n_seen` features or all; fp32 or wider."""
+    x32 = wide(x)
+    mean_square = x32[..., :n_seen].square().mean(-1, keepdim=True)
+    return (x32 * torch.rsqrt(mean_square + eps) * weight).to(x.dtype)
+
+
 @register("rms")
 class RMSNorm(nn.Module):
     """y = γ x/√(mean x² + ε) over C, in fp32 or wider.  (B, T, C) → (B, T, C)
@@ -36,6 +43,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_embd))  # γ
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = wide(x)
-        mean_square = x32[..., : self.n_seen].square().mean(-1, keepdim=True)
-        return (x32 * torch.rsqrt(mean_square + self.eps) * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, self.n_seen)

@@ -1,0 +1,150 @@
+"""The causality gate: leaks are found by probing the built model, labelled everywhere, refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.causality import FUTURE, NEIGHBOURS, probe
+from gpt.config import Config
+from gpt.errors import ConfigError
+from gpt.placement import build_model
+from gpt.trainer import train
+from tests.conftest import make_config, read_rows, run_program
+
+
+def sight(*overrides: str, steps: int = 200):  # type: ignore[no-untyped-def]
+    model = build_model(make_config("data=pydoc", *overrides), 61)
+    return probe(model, 61, 32, steps)
+
+
+@pytest.mark.parametrize(
+    ("norm", "training", "evaluation"),
+    [
+        ("layer", (), ()),
+        ("dummy", (), ()),
+        ("dyt", (), ()),
+        ("batch_ema", (), ()),
+        ("anneal", (), ()),
+        ("batch", (FUTURE, NEIGHBOURS), ()),
+        ("batch_pos", (NEIGHBOURS,), ()),
+        ("instance", (FUTURE,), (FUTURE,)),
+        ("power", (FUTURE, NEIGHBOURS), ()),  # in its first 100 steps
+        ("prepbn", (FUTURE, NEIGHBOURS), ()),  # once RMSNorm has faded
+    ],
+)
+@pytest.mark.parametrize("placement", ["pre", "post", "hybrid"])
+def test_what_a_model_lets_tokens_see_is_found(
+    norm: str, training: tuple[str, ...], evaluation: tuple[str, ...], placement: str
+) -> None:
+    found = sight(f"norm={norm}", f"placement={placement}")
+    assert (found.training, found.evaluation) == (training, evaluation)
+
+
+def test_one_leaky_norm_in_one_slot_is_enough() -> None:
+    assert sight("placement.mlp.mid='batch if l == 2 else false'").training == (FUTURE, NEIGHBOURS)
+    assert sight("norm=batch", "placement=none").training == ()
+
+
+def test_power_norm_is_causal_without_a_warm_up_on_the_batch() -> None:
+    assert sight("norm=power", "norm.warmup_steps=0").training == ()
+
+
+def test_dropout_is_no_leak_and_probing_leaves_no_trace() -> None:
+    model = build_model(make_config("data=pydoc", "norm=prepbn", "model.dropout=0.5"), 61)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    probe(model, 61, 32, 100)
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    assert model.training
+    assert sight("model.dropout=0.5").training == ()
+
+
+def test_a_leak_is_labelled_in_console_rows_and_summary(
+    config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config("norm=instance"))
+    shown = capsys.readouterr().out
+    assert "leaky: in training tokens see later tokens" in shown
+    assert (
+        "leaky: in evaluation tokens see later tokens; this run's validation loss is not" in shown
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["leaky"] is True
+    assert summary["sees_in_training"] == summary["sees_in_evaluation"] == ["later tokens"]
+    assert all(row["leaky"] for row in read_rows(tmp_path / "run") if "loss" in row)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", "batch_pos"])
+def test_strict_causal_refuses_it(norm: str, config: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match="strict_causal=true: in training tokens see"):
+        train(config(f"norm={norm}", "strict_causal=true"))
+
+
+def test_strict_causal_lets_a_causal_model_train(config: Callable[..., Config]) -> None:
+    assert train(config("norm=layer", "strict_causal=true", "train.steps=1"))["leaky"] is False
+
+
+OWN = """
+from torch import nn
+from gpt.norms.registry import register
+
+@register("mine")
+class Mine(nn.Module):
+    axes = ("C",)   # a lie: it takes the batch's mean
+    invariances = ("shift",)
+
+    def __init__(self, n_embd: int, *, strength: float = 1.0) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def forward(self, x):
+        return x - self.strength * x.mean((0, 1))
+"""
+
+
+def test_a_norm_of_one_s_own_runs_from_the_command_line_and_its_leak_is_found(
+    corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "my_norms.py").write_text(OWN)
+    args = ["data=text", f"data.path={corpus}", "tokenizer=bytes", "train.steps=1", "device=cpu",
+            "train.eval_tokens=256", "model.n_layer=1", "wandb.mode=disabled"]  # fmt: skip
+    own = ["norm=module", "norm.module=my_norms.py", "norm.name=mine"]
+    result = run_program(*args, *own, "+norm.strength=0.5", "run_dir=run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "in training tokens see later tokens and other samples" in result.stdout
+    assert "in evaluation tokens see later tokens and other samples" in result.stdout
+
+    sample = run_program("run_dir=run", "max_new_tokens=3", script="sample", cwd=tmp_path)
+    assert sample.returncode == 78  # a run directory's configuration runs no code
+    assert "norm=mine: is registered by my_norms.py; add norm_module=my_norms.py" in sample.stderr
+    sample = run_program("run_dir=run", "max_new_tokens=3", "norm_module=my_norms.py",
+                         script="sample", cwd=tmp_path)  # fmt: skip
+    assert sample.returncode == 0, sample.stderr
+
+    slot = ["norm.module=my_norms.py", "placement.attn.out=mine", "run_dir=slot"]
+    assert run_program(*args, *slot, cwd=tmp_path).returncode == 0
+    missing = run_program(*args, "norm.module=her_norms.py", cwd=tmp_path)
+    assert missing.returncode == 66
+    assert missing.stderr == "error: norm.module=her_norms.py: no such file\n"
+
+
+def test_the_suite_runs_for_one_s_own_norm_and_finds_its_lie(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    from tests.conftest import REPO
+
+    (tmp_path / "my_norms.py").write_text(OWN)
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
+    command += ["--norm-module", str(tmp_path / "my_norms.py"), "--norm", "mine"]
+    result = subprocess.run(
+        [*command, "tests/test_conformance.py"], cwd=REPO, capture_output=True, text=True
+    )
+    failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 2, result.stdout
+    assert "test_it_sees_along_its_declared_axes_only[mine]" in failed[0]
+    assert "test_one_token_of_one_sample_can_be_evaluated[mine]" in failed[1]

@@ -1,0 +1,66 @@
+"""Several processes train as one does: the same losses, weights and BatchNorm statistics."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO, overrides, read_rows, run_program
+
+
+def torchrun(*args: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    return subprocess.run(
+        [sys.executable, *launch, str(REPO / "scripts/train.py"), *args],
+        cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=180,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("norm", "accum"), [("layer", 1), ("batch", 1), ("batch", 2), ("rbn", 1), ("power", 1)]
+)
+def test_two_processes_train_as_one_does(
+    norm: str, accum: int, corpus: Path, tmp_path: Path
+) -> None:
+    """BatchNorm's too: its statistics are those of the whole batch, on whatever process it lies."""
+    args = overrides(
+        "data=text", f"data.path={corpus}", f"norm={norm}", f"train.grad_accum={accum}"
+    )
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert run_program(*args, f"run_dir={alone}").returncode == 0
+    result = torchrun(*args, f"run_dir={together}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("run        ") == 1  # one process speaks
+    # Where BatchNorm takes a bias away again its gradient is rounding, of which AdamW makes a step:
+    # validation, with running statistics, shows it.
+    for key, rel in (("loss", 1e-4), ("grad_norm", 1e-3), ("val_loss", 1e-3)):
+        values = [[row[key] for row in read_rows(d) if key in row] for d in (alone, together)]
+        assert values[0] == pytest.approx(values[1], rel=rel), key
+
+
+def test_two_processes_resume_to_the_bit(corpus: Path, tmp_path: Path) -> None:
+    args = overrides("data=text", f"data.path={corpus}", "norm=batch", "model.dropout=0.1")
+    run_dir = tmp_path / "run"
+    assert torchrun(*args, f"run_dir={run_dir}").returncode == 0
+    whole = (run_dir / "checkpoints/step_6/model.safetensors").read_bytes()
+    (run_dir / "DONE").unlink()
+    for file in (run_dir / "checkpoints/step_6").iterdir():
+        file.unlink()
+    (run_dir / "checkpoints/step_6").rmdir()
+    result = torchrun(*args, f"run_dir={run_dir}")
+    assert "resuming" in result.stdout
+    assert (run_dir / "checkpoints/step_6/model.safetensors").read_bytes() == whole
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 6
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(corpus: Path, tmp_path: Path) -> None:
+    args = overrides("data=text", f"data.path={corpus}", "train.batch_size=3")
+    result = torchrun(*args, f"run_dir={tmp_path}/run")
+    assert result.returncode != 0
+    assert "train.batch_size=3: expected a multiple of the 2 processes" in result.stderr
