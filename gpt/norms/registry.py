@@ -63,7 +63,9 @@ def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
 def norm_class(name: str) -> Any:
     """The registered class, or the one-line error with the nearest name."""
     if name not in NORMS:
-        raise ConfigError(f"norm={name}: expected one of {', '.join(NORMS)}{nearest(name, NORMS)}")
+        raise ConfigError(
+            f"norm={name}: expected one of {', '.join(sorted(NORMS))}{nearest(name, NORMS)}"
+        )
     return NORMS[name]
 
 

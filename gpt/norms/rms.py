@@ -13,8 +13,9 @@ from gpt.norms.registry import check_at_least, register, wide
 def rms_norm(x: Tensor, weight: Tensor, eps: float, n_seen: int | None = None) -> Tensor:
     """γ x/√(mean x² + ε), the mean over the first `n_seen` features or all; fp32 or wider."""
     x32 = wide(x)
-    mean_square = x32[..., :n_seen].square().mean(-1, keepdim=True)
-    return (x32 * torch.rsqrt(mean_square + eps) * weight).to(x.dtype)
+    seen = x32[..., :n_seen]
+    length = torch.linalg.vector_norm(seen, dim=-1, keepdim=True)  # one kernel; x² would be three
+    return (x32 * torch.rsqrt(length.square() / seen.shape[-1] + eps) * weight).to(x.dtype)
 
 
 @register("rms")

@@ -1,0 +1,182 @@
+"""Norms to look at: a table of all, and for each a card whose numbers come from running it."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from gpt.norms.registry import NORMS, build_norm, norm_class
+
+SHAPE = (16, 128, 128)  # of the timed input: the default run's
+DIMS = {"B": 0, "T": 1, "C": 2}
+
+
+def example(name: str, width: int, block_size: int = SHAPE[1]) -> Any:
+    """The norm at its defaults, but for what the sizes decide."""
+    sizes: dict[str, Any] = {"block_size": block_size}
+    if width % 4:
+        sizes["groups"] = 1
+    takes = inspect.signature(norm_class(name)).parameters
+    return build_norm(name, width, None, **{k: v for k, v in sizes.items() if k in takes})
+
+
+def parameters(name: str) -> str:
+    """How many it has, in terms of C: `2C + 1`."""
+    a, b = (sum(p.numel() for p in example(name, width).parameters()) for width in (100, 200))
+    slope, rest = (b - a) // 100, a - (b - a)
+    terms = [f"{slope if slope > 1 else ''}C"] * bool(slope) + [str(rest)] * bool(rest)
+    return " + ".join(terms) or "0"
+
+
+def bytes_moved(name: str) -> int:
+    """The least that forward reads and writes an element of fp32: statistics over more than one
+    token do not fit where a token's row does, so that x is read twice."""
+    return 12 if {"B", "T"} & set(norm_class(name).axes) else 8
+
+
+def measure(names: list[str], repeats: int = 7) -> dict[str, float]:
+    """Milliseconds of forward and backward on SHAPE, fp32, this machine: medians, in turns."""
+    norms = {name: example(name, SHAPE[2]) for name in names}
+    x = torch.randn(SHAPE, requires_grad=True)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name, norm in norms.items():
+            start = time.perf_counter()
+            (norm(x) * 1.0).sum().backward()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def table() -> Table:
+    """All norms that this machine can build, one a line."""
+    names = [n for n in sorted(NORMS) if n != "cuda_layer" or torch.cuda.is_available()]
+    milliseconds = measure(names)
+    result = Table(
+        "norm", "statistics over", "sees later tokens", "sees other samples", "parameters",
+        "bytes", "ms", "ratio to layer",
+    )  # fmt: skip
+    for name in names:
+        cls: Any = NORMS[name]
+        axes, after = "".join(cls.axes), "".join(cls.evaluation_axes)
+        cells = [name, (axes or "–") + (f", then {after or 'none'}" if after != axes else "")]
+        for axis in "TB":
+            where = [m for m, a in (("training", axes), ("evaluation", after)) if axis in a]
+            cells.append(" and ".join(where) or "no")
+        ratio = milliseconds[name] / milliseconds["layer"]
+        cells += [parameters(name), str(bytes_moved(name)), f"{milliseconds[name]:.1f}"]
+        result.add_row(*cells, f"{ratio:.2f}")
+    B, T, C = SHAPE
+    result.caption = (
+        f"bytes: the least that forward moves an element of fp32 · ms: forward and backward of "
+        f"({B}, {T}, {C}) in fp32 on this machine with {torch.get_num_threads()} threads, medians "
+        "taken in turns"
+    )
+    return result
+
+
+def card(name: str) -> list[str]:
+    """What `name` is, line by line, with the 3×3 example worked out by the norm itself."""
+    cls = norm_class(name)
+    return [
+        f"{name}: {cls.__name__}",
+        "",
+        *(inspect.getdoc(cls) or "").splitlines(),
+        "",
+        *drawing("in training", cls.axes),
+        *(drawing("in evaluation", cls.evaluation_axes) if cls.evaluation_axes != cls.axes else []),
+        *worked_example(name),
+    ]
+
+
+def drawing(when: str, axes: tuple[str, ...]) -> Iterator[str]:
+    """A (2, 3, 4) block: which numbers share their statistics with one of them."""
+    if not axes:
+        yield f"{when}: no statistics of this input at all; every number by itself"
+        yield ""
+        return
+    yield f"{when}: the statistics of ◆ are taken over it and every ■ ({', '.join(axes)})"
+    yield "            sample 1    sample 2"
+    yield "  feature   1 2 3 4     1 2 3 4"
+    here = {"B": 0, "T": 1, "C": 1}
+    for t in range(3):
+        cells = []
+        for b in range(2):
+            row = []
+            for c in range(4):
+                place = {"B": b, "T": t, "C": c}
+                shared = all(place[axis] == here[axis] for axis in place if axis not in axes)
+                row.append("◆" if place == here else "■" if shared else "·")
+            cells.append(" ".join(row))
+        yield f"  token {t + 1}   {'     '.join(cells)}"
+    yield ""
+
+
+def numbers(values: Tensor) -> str:
+    return "  ".join(f"{value:8.3f}" for value in (values.detach() + 0.0).flatten().tolist())
+
+
+def rows(values: Tensor) -> list[str]:
+    return [f"  {letter}  {numbers(row)}" for letter, row in zip("ABC", values, strict=True)]
+
+
+def worked_example(name: str) -> Iterator[str]:
+    """Rows A (1 2 3), B (4 5 6), C (7 8 9): statistics, output, and the gradients of γ and β."""
+    cls, norm = norm_class(name), example(name, 3, block_size=3)
+    one_by_one = "B" in cls.axes and "T" not in cls.axes  # three samples of a token each
+    x = torch.arange(1.0, 10.0).view((3, 1, 3) if one_by_one else (1, 3, 3))
+    what = "samples of one token" if one_by_one else "tokens of one sample"
+    yield f"three {what}, three features"
+    yield from rows(x.view(3, 3))
+    if cls.axes:
+        dims = [DIMS[axis] for axis in cls.axes]
+        mean, variance = x.mean(dims, keepdim=True), x.var(dims, unbiased=False, keepdim=True)
+        yield f"over each {'row' if cls.axes == ('C',) else 'column'}"
+        yield f"  mean              {numbers(mean)}"
+        yield f"  biased variance   {numbers(variance)}"
+        yield f"  unbiased variance {numbers(x.var(dims))}   what torch.var gives by default"
+        yield f"  root mean square  {numbers(x.square().mean(dims).sqrt())}"
+        if "shift" in cls.invariances:
+            yield "minus the mean"
+            yield from rows((x - mean).view(3, 3))
+            yield "and divided by the root of the biased variance"
+            yield from rows(((x - mean) / variance.sqrt()).view(3, 3))
+    y = norm(x)
+    yield "what the norm gives, as training begins"
+    yield from rows(y.view(3, 3))
+    yield from gradients(norm, y)
+    if cls.evaluation_axes != cls.axes:
+        yield from alone(norm, x)
+
+
+def gradients(norm: Any, y: Tensor) -> Iterator[str]:
+    """γ and β are shared by all tokens: their gradients are sums over them."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is None:
+        yield "no γ and no β"
+        return
+    dy = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0], [2.0, 0.0, 1.0]]).view(y.shape)
+    y.backward(dy)
+    both = "γ and β have" if bias is not None else "γ has"
+    shared = "one number a feature" if weight.numel() > 1 else "one number in all"
+    yield f"{both} {shared}, shared by all tokens; with dL/dy ="
+    yield from rows(dy.view(3, 3))
+    yield f"  dL/dγ = Σ dy·x̂  {numbers(weight.grad)}"
+    if bias is not None:
+        yield f"  dL/dβ = Σ dy    {numbers(bias.grad)}"
+
+
+def alone(norm: Any, x: Tensor) -> Iterator[str]:
+    """What is left where there is no batch: one sample, as in generating text."""
+    norm.eval()
+    yield "token B alone, in evaluation"
+    token = x.reshape(3, 1, 3)[1:2]
+    yield f"  with running statistics       {numbers(norm(token))}"
+    norm.batch_stats = True
+    yield f"  with its own, a batch of one  {numbers(norm(token))}"

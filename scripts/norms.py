@@ -1,0 +1,42 @@
+"""The norms: python scripts/norms.py, python scripts/norms.py batch, or --compare layer batch."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import zip_longest
+
+from gpt import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "name", nargs="?", help="print this norm's card; without it, all in a table"
+    )
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two cards side by side")
+    parser.add_argument("--module", help="a Python file that registers a norm of your own")
+    args = parser.parse_args()
+
+    from rich.console import Console
+
+    import gpt.norms  # noqa: F401  (registers them; torch takes seconds, --help does not)
+    from gpt import cards
+    from gpt.norms.registry import load_module
+
+    if args.module:
+        load_module(args.module)
+    if args.compare:
+        pairs = zip_longest(*map(cards.card, args.compare), fillvalue="")
+        columns = list(pairs)
+        width = max(len(left) for left, _ in columns)
+        for left, right in columns:
+            print(f"{left:<{width}}  │  {right}")
+    elif args.name:
+        print("\n".join(cards.card(args.name)))
+    else:
+        console = Console()
+        console.print(cards.table())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,69 @@
+"""Cards: every norm has one, and its numbers are those of the design's worked example."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpt import cards
+from gpt.norms.registry import NORMS
+from tests.conftest import BUILDABLE, run_program
+
+
+def test_every_norm_has_a_card(norm_name: str) -> None:
+    text = "\n".join(cards.card(norm_name))
+    assert text.startswith(f"{norm_name}: {NORMS[norm_name].__name__}\n")
+    assert "in training: " in text
+    assert "what the norm gives, as training begins" in text
+
+
+def line(name: str, start: str) -> list[float]:
+    found = next(row for row in cards.card(name) if row.strip().startswith(start))
+    return [float(word) for word in found.split() if word.lstrip("-").replace(".", "").isdigit()]
+
+
+def test_layer_norm_takes_row_means_and_batch_norm_column_means() -> None:
+    assert line("layer", "mean") == [2, 5, 8]
+    assert line("batch", "mean") == [4, 5, 6]
+    assert line("layer", "biased variance") == pytest.approx([2 / 3] * 3, abs=1e-3)
+    assert line("layer", "unbiased variance") == [1, 1, 1]
+    assert line("batch", "biased variance") == [6, 6, 6]
+
+
+def test_gamma_s_gradient_on_the_card_is_the_sum_over_tokens() -> None:
+    """A column of x̂ is (−1.225, 0, 1.225); those of dy are (1, 0, 2), (0, 1, 0), (−1, 0, 1)."""
+    assert line("batch", "dL/dγ") == pytest.approx([1.225, 0, 2.449], abs=2e-3)
+    assert line("batch", "dL/dβ") == [3, 1, 0]
+
+
+def test_the_card_shows_why_batch_norm_fails_on_one_sample() -> None:
+    # After one batch: mean 0.1·4, variance 0.9 + 0.1·9; (4 − 0.4)/√1.8
+    assert line("batch", "with running statistics")[0] == pytest.approx(2.683, abs=1e-3)
+    assert line("batch", "with its own, a batch of one") == [0, 0, 0]
+
+
+def test_the_drawing_shows_rows_and_columns() -> None:
+    assert list(cards.drawing("in training", ("C",)))[4].endswith("■ ◆ ■ ■     · · · ·")
+    assert list(cards.drawing("in training", ("B", "T")))[3:6] == [
+        "  token 1   · ■ · ·     · ■ · ·",
+        "  token 2   · ◆ · ·     · ■ · ·",
+        "  token 3   · ■ · ·     · ■ · ·",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("layer", "2C"), ("derf", "2C + 2"), ("dummy", "0"), ("scale", "1")]
+)
+def test_parameters_are_counted(name: str, count: str) -> None:
+    assert cards.parameters(name) == count
+
+
+def test_the_program_lists_all_norms_and_compares_two() -> None:
+    result = run_program(script="norms")
+    assert result.returncode == 0, result.stderr
+    assert all(f" {name} " in result.stdout for name in BUILDABLE)
+    both = run_program("--compare", "layer", "batch", script="norms").stdout
+    assert "layer: LayerNorm" in both
+    assert "│  batch: BatchNorm" in both
+    wrong = run_program("batc", script="norms")
+    assert wrong.returncode == 78
+    assert "did you mean 'batch'" in wrong.stderr
