@@ -24,7 +24,7 @@ NORMS = [f"norms.{p.stem}" for p in (REPO / "gpt/norms").glob("[a-z]*.py") if p.
 NORMS = [name for name in NORMS if name not in (*BASES, "norms.repbn")]
 LAYERS = [
     ["trainer"],
-    ["generate", "results", "surgery"],
+    ["generate", "results", "surgery", "cards"],
     ["checkpoint", "run_dir", "screen"],
     ["placement", "fold"],
     ["model", "norms.__init__"],
