@@ -1,4 +1,11 @@
-"""What a norm sees and does: moments before and after every norm site and of the residual stream.
+"""What norms see and do: statistics of a step, by site and by depth.
+
+    sites      every norm, `h.0.attn.in`: moments before and after, gradient, γ, β and their drift
+    residual   the stream by depth, `embd`, `h.0`: moments, gradient, angle to the depth before
+    branches   what a sublayer adds to it, `h.0.attn`: moments, ratio to the stream
+    attention  `h.0.attn`: the largest logit, the mean entropy
+    layers     `h.0`, `wte`: norms of gradient, parameters and update
+    output     `logits`: mean log Z
 
 Hooks are there only inside `collect`, so that all other steps cost nothing; inside, everything
 stays on the device until `table` reads it in one transfer.
@@ -9,115 +16,262 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gpt.norms.registry import NORMS
+from gpt.norms.registry import norms_of
 
-MOMENTS = ("mean", "std", "rms", "absmax", "kurtosis")
+MOMENTS = ("mean", "std", "rms", "absmax", "skew", "kurtosis", "outliers", "absmax_to_median")
+BINS = 32  # of a histogram from −8 to 8 root mean squares; what is beyond is in the outermost
+GREEK = {"weight": "gamma", "bias": "beta"}  # what a norm's parameters are called in papers
 Record = dict[tuple[str, ...], Tensor]  # ("sites", "h.0.attn.in", "before") → its moments
 
 
-def moments(x: Tensor, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Mean, standard deviation (biased), root mean square, max |x| and kurtosis of all of x.
+@dataclass(frozen=True)
+class Places:
+    """Where to look in a model, by name.
 
-    Kurtosis is E[(x−μ)⁴]/σ⁴: 3 for a Gaussian, large where a few values are outliers, 0 here
-    where x is constant. rows: the mean and the biased variance of each row, where they are known.
+    streams   modules whose output is the residual stream, from the embedding on
+    branches  modules whose output is what a sublayer adds to it
+    heads     of an attention: the modules that give q and k, (B, T, C), and how many heads
+    """
+
+    streams: Mapping[str, nn.Module]
+    branches: Mapping[str, nn.Module]
+    heads: Mapping[str, tuple[nn.Module, nn.Module, int]]
+
+
+def moments(x: Tensor, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """MOMENTS of x (…, C), in fp32.
+
+    mean, std (biased), rms, absmax   of all of x
+    skew, kurtosis     E z³ and E z⁴, z = (x − μ)/σ: 0 and 3 for a Gaussian; 0 where x is constant
+    outliers           Var_c(m)/(E_c m)², m the mean square of a feature (arXiv:2405.19279)
+    absmax_to_median   max |x| over its median, that of at most 2¹⁴ values (arXiv:2402.17762)
+
+    rows: the mean and the biased variance of each row, where they are known.
     """
     x = x.detach().float()
+    features = x.square().flatten(0, -2).mean(0)
     if rows is None:
-        mean, rms = x.mean(), x.square().mean().sqrt()
+        mean, square = x.mean(), features.mean()
         std = (x - mean).square().mean().sqrt()
     else:
         mean, within = rows[0].mean(), rows[1].mean()
         std = (within + (rows[0] - mean).square().mean()).sqrt()
-        rms = (within + rows[0].square().mean()).sqrt()
-    centred = x - mean
+        square = within + rows[0].square().mean()
     # Divided first: x⁴ overflows fp32 from 4·10⁹, which a run without norms reaches.
-    kurtosis = (centred / std.clamp_min(1e-30)).pow(4).mean()
-    return torch.stack([mean, std, rms, x.abs().amax(), kurtosis])
+    z = (x - mean) / std.clamp_min(1e-30)
+    cube = z * z * z
+    absolute = x.abs().flatten()
+    median = absolute[:: -(-absolute.numel() // 2**14)].median()
+    absmax = absolute.amax()
+    outliers = (features / features.mean().clamp_min(1e-30)).var(correction=0)
+    shape = [cube.mean(), (cube * z).mean(), outliers, absmax / median.clamp_min(1e-30)]
+    return torch.stack([mean, std, square.sqrt(), absmax, *shape])
+
+
+def histogram(x: Tensor) -> Tensor:
+    """How much of x lies in each of BINS equal parts of [−8, 8] root mean squares: shares."""
+    x = x.detach().float()
+    scaled = x / x.square().mean().sqrt().clamp_min(1e-30)
+    bins = ((scaled.nan_to_num() + 8) * (BINS / 16)).clamp(0, BINS - 1).to(torch.int64)
+    return torch.bincount(bins.flatten(), minlength=BINS) / x.numel()
+
+
+def attention(q: Tensor, k: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
+    """The largest attention logit and the mean entropy in nats, of at most 4 samples."""
+    q, k = (t[:4].detach().float().unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (q, k))
+    logits = q @ k.mT / math.sqrt(q.shape[-1])  # (B, nh, T, T)
+    T = logits.shape[-1]
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    logits = logits.masked_fill(later, -torch.inf)
+    return logits.amax(), torch.special.entr(logits.softmax(-1)).sum(-1).mean()
+
+
+def angle(x: Tensor, y: Tensor) -> Tensor:
+    """The mean angle between two streams' tokens, in units of π (Mix-LN)."""
+    cosine = nn.functional.cosine_similarity(x, y, dim=-1)
+    return cosine.clamp(-1, 1).arccos().mean() / math.pi
+
+
+class Collector:
+    """The hooks of one step and what they find."""
+
+    def __init__(self, grad_scale: float) -> None:
+        self.record: Record = {}
+        self.handles: list[RemovableHandle] = []
+        self.grad_scale = grad_scale
+        self.depth_before: Tensor | None = None
+
+    def after(self, module: nn.Module, hook: Any) -> None:
+        self.handles.append(module.register_forward_hook(hook))
+
+    def keep_gradient(self, key: tuple[str, str], output: Tensor) -> Tensor:
+        """Record the norm of the gradient that comes back to `output`.
+
+        A view of its own: an identity's output is its input, whose gradient holds more.
+        """
+        output = output.view_as(output)
+
+        def keep(gradient: Tensor) -> None:
+            norm = gradient.detach().float().norm() * self.grad_scale
+            self.record[(*key, "grad_norm")] = norm
+
+        if output.requires_grad:
+            output.register_hook(keep)
+        return output
+
+    def site(self, name: str, norm: Any) -> None:
+        for parameter, value in norm.named_parameters():
+            label, value = GREEK.get(parameter, parameter), value.detach().float()
+            self.record["sites", name, f"{label}_norm"] = value.norm()
+            if parameter in getattr(norm, "started", {}):
+                off = value - norm.started[parameter].to(value)
+                self.record["sites", name, f"{label}_drift"] = off.square().mean().sqrt()
+
+        def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            # Before the running statistics have taken this batch in.
+            if hasattr(norm, "discrepancy"):
+                tid = norm.discrepancy(inputs[0])
+                for key, value in zip(("tid_mean", "tid_std"), tid, strict=True):
+                    self.record["sites", name, key] = value
+            if hasattr(norm, "saturation"):
+                self.record["sites", name, "saturation"] = norm.saturation(inputs[0].detach())
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+            # A norm that adds the branch gives (y, stream).
+            y, stream = output if isinstance(output, tuple) else (output, None)
+            x = inputs[0] if stream is None else stream
+            self.record["sites", name, "before"] = moments(x, getattr(norm, "rows", None))
+            self.record["sites", name, "after"] = moments(y)
+            self.record["sites", name, "histogram"] = histogram(x)
+            y = self.keep_gradient(("sites", name), y)
+            return y if stream is None else (y, stream)
+
+        self.handles.append(norm.register_forward_pre_hook(before))
+        self.after(norm, hook)
+
+    def stream(self, name: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+            # A block gives the two summands (x, branch).
+            x, branch = output if isinstance(output, tuple) else (output, None)
+            total = (x if branch is None else x + branch).detach()
+            self.record["residual", name, "after"] = moments(total)
+            self.record["residual", name, "histogram"] = histogram(total)
+            if self.depth_before is not None:
+                self.record["residual", name, "angle"] = angle(self.depth_before, total)
+            self.depth_before = total
+            x = self.keep_gradient(("residual", name), x)
+            return (x, branch) if isinstance(output, tuple) else x
+
+        self.after(module, hook)
+
+    def branch(self, name: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            self.record["branches", name, "after"] = moments(output)
+
+        self.after(module, hook)
+
+    def heads(self, name: str, q_from: nn.Module, k_from: nn.Module, n_head: int) -> None:
+        found: list[Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            found.append(output.detach())
+
+        def finish(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            logit, entropy = attention(found.pop(), output, n_head)
+            self.record["attention", name, "max_logit"] = logit
+            self.record["attention", name, "entropy"] = entropy
+
+        self.after(q_from, keep)
+        self.after(k_from, finish)
+
+    def logits(self, model: nn.Module) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            log_z = output[0].detach().float().logsumexp(-1).mean()
+            self.record["output", "logits", "log_z"] = log_z
+
+        self.after(model, hook)
 
 
 @contextmanager
-def collect(
-    model: nn.Module, streams: Mapping[str, nn.Module], grad_scale: float = 1.0
-) -> Iterator[Record]:
+def collect(model: nn.Module, places: Places, grad_scale: float = 1.0) -> Iterator[Record]:
     """Inside, one forward and backward of `model` fills the record that is yielded.
 
-    streams     modules whose output is the residual stream, by name
     grad_scale  what a gradient is multiplied with: grad_accum, where the loss was divided by it
     """
-    record: Record = {}
-    handles: list[RemovableHandle] = []
-    keeping: list[Any] = []
-
-    def watch(group: str, name: str, module: nn.Module) -> None:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
-            # A norm that adds the branch gives (y, stream), a block the two summands (x, branch).
-            first, second = output if isinstance(output, tuple) else (output, None)
-            if group == "sites":
-                before = inputs[0] if second is None else second
-                record[group, name, "before"] = moments(before, getattr(module, "rows", None))
-                record[group, name, "after"] = moments(first)
-            else:
-                record[group, name, "after"] = moments(first if second is None else first + second)
-            # A view of its own: an identity's output is its input, whose gradient holds more.
-            first = first.view_as(first)
-            if first.requires_grad:
-                first.register_hook(keep_gradient)
-            return (first, second) if isinstance(output, tuple) else first
-
-        def keep_gradient(gradient: Tensor) -> None:
-            record[group, name, "grad_norm"] = gradient.detach().float().norm() * grad_scale
-
-        def compare(norm: Any, inputs: tuple[Tensor, ...]) -> None:
-            # Before the running statistics have taken this batch in.
-            for key, value in zip(
-                ("tid_mean", "tid_std"), norm.discrepancy(inputs[0]), strict=True
-            ):
-                record[group, name, key] = value
-
-        if hasattr(module, "discrepancy"):
-            handles.append(module.register_forward_pre_hook(compare))
-        handles.append(module.register_forward_hook(hook))
-
+    collector = Collector(grad_scale)
+    norms = set(norms_of(model))
+    keeping: list[Any] = [norm for norm in norms if hasattr(norm, "keep_rows")]
+    for norm in keeping:  # it has the moments of its rows: they are reused
+        norm.keep_rows = True
     for name, module in model.named_modules():
-        if type(module) in NORMS.values():
-            watch("sites", name, module)
-            if hasattr(module, "keep_rows"):  # it has the moments of its rows: they are reused
-                module.keep_rows = True
-                keeping.append(module)
-            for key, parameter in (("gamma_norm", "weight"), ("beta_norm", "bias")):
-                value = getattr(module, parameter, None)
-                if value is not None:
-                    record["sites", name, key] = value.detach().float().norm()
-    for name, module in streams.items():
-        watch("residual", name, module)
+        if module in norms:
+            collector.site(name, module)
+    for name, module in places.streams.items():
+        collector.stream(name, module)
+    for name, module in places.branches.items():
+        collector.branch(name, module)
+    for name, (q_from, k_from, n_head) in places.heads.items():
+        collector.heads(name, q_from, k_from, n_head)
+    collector.logits(model)
     try:
-        yield record
+        yield collector.record
     finally:
-        for handle in handles:
+        for handle in collector.handles:
             handle.remove()
-        for module in keeping:
-            module.keep_rows, module.rows = False, None
+        for norm in keeping:
+            norm.keep_rows, norm.rows = False, None
+
+
+@contextmanager
+def watch_update(model: nn.Module, record: Record) -> Iterator[None]:
+    """Inside, an optimizer step: each layer's norms of gradient, parameters and update."""
+    layers: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        layer = ".".join(name.split(".")[:2]) if name.startswith("h.") else name.split(".")[0]
+        layers.setdefault(layer, []).append(parameter)
+    before = {name: [p.detach().clone() for p in ps] for name, ps in layers.items()}
+    for name, parameters in layers.items():
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        record["layers", name, "grad_norm"] = nn.utils.get_total_norm(gradients)
+    yield
+    for name, parameters in layers.items():
+        now = [p.detach() for p in parameters]
+        record["layers", name, "param_norm"] = nn.utils.get_total_norm(now)
+        moved = torch._foreach_sub(now, before[name])
+        record["layers", name, "update_norm"] = nn.utils.get_total_norm(moved)
 
 
 def table(record: Record) -> dict[str, dict[str, dict[str, Any]]]:
     """The record as plain numbers: {"sites": {site: {"before": {"mean": …}, "grad_norm": …}}}."""
-    numbers = iter(torch.cat([value.flatten() for value in record.values()]).tolist())
-    result: dict[str, dict[str, dict[str, Any]]] = {"sites": {}, "residual": {}}
+    numbers = iter(torch.cat([value.float().flatten() for value in record.values()]).tolist())
+    result: dict[str, dict[str, dict[str, Any]]] = {}
     for (group, name, key), value in record.items():
-        entry = result[group].setdefault(name, {})
-        entry[key] = dict(zip(MOMENTS, numbers, strict=False)) if value.dim() else next(numbers)
+        values = [next(numbers) for _ in range(value.numel())]
+        entry = result.setdefault(group, {}).setdefault(name, {})
+        if value.numel() == len(MOMENTS):
+            entry[key] = dict(zip(MOMENTS, values, strict=True))
+        else:
+            entry[key] = values if value.dim() else values[0]
+    depths = list(result.get("residual", {}))
+    for name, entry in result.get("branches", {}).items():
+        before = depths[depths.index(name.rpartition(".")[0]) - 1]
+        stream = result["residual"][before]["after"]["rms"]
+        entry["ratio"] = entry["after"]["rms"] / stream if stream else math.nan
     return result
 
 
 def first_nonfinite(record: Record) -> str | None:
     """The first place in the order of the forward pass that holds NaN or infinity."""
     for (_, name, key), value in record.items():
+        if value.dim() and value.numel() != len(MOMENTS):
+            continue
         largest = value[MOMENTS.index("absmax")] if value.dim() else value
         if not math.isfinite(largest.item()):
             return f"{name} ({key})"

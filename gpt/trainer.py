@@ -257,23 +257,26 @@ def update(
     for x, y in batches.at(step, run.device):
         watching: AbstractContextManager[stats.Record] = nullcontext(record)
         if counting and not losses:
-            watching = stats.collect(run.model, run.model.streams(), accum)
+            watching = stats.collect(run.model, run.model.places(), accum)
         with watching as record, gradients_stay(forward, len(losses) < accum - 1):
             with autocast(run.device, cfg.dtype):
                 _, loss = forward(x, y)
             ((loss + penalties(run.model)) / accum).backward()
         losses.append(loss.detach())
     loss = mean_over_processes(torch.stack(losses).mean())
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.optim.grad_clip or math.inf)
-    finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-    lr = lr_at(step, cfg.train.steps, cfg.optim)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # skips, no waiting
-        optimizer.step()
-    elif finite:
-        optimizer.step()
+    with stats.watch_update(run.model, record) if counting else nullcontext():
+        limit = cfg.optim.grad_clip or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        lr = lr_at(step, cfg.train.steps, cfg.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if optimizer.defaults["fused"]:
+            skip = (~finite).float()  # without waiting
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            optimizer.step()
+        elif finite:
+            optimizer.step()
     optimizer.zero_grad()
     for norm in with_batch_stats(run.model):
         if norm.deferred:
@@ -309,7 +312,7 @@ def stop_if_diverged(
         with (
             torch.no_grad(),
             autocast(run.device, run.cfg.dtype),
-            stats.collect(run.model, run.model.streams()) as record,
+            stats.collect(run.model, run.model.places()) as record,
         ):
             run.model(x, y)
         found = stats.first_nonfinite(record)

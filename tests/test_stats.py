@@ -10,43 +10,129 @@ import torch
 
 from gpt.config import Config
 from gpt.placement import build_model
-from gpt.stats import MOMENTS, collect, first_nonfinite, moments, table
+from gpt.stats import (
+    MOMENTS,
+    angle,
+    attention,
+    collect,
+    first_nonfinite,
+    histogram,
+    moments,
+    table,
+    watch_update,
+)
 from gpt.trainer import train
 from tests.conftest import curve, make_config, read_rows
+
+
+def named(x: torch.Tensor) -> dict[str, float]:
+    return dict(zip(MOMENTS, moments(x).tolist(), strict=True))
 
 
 def test_moments_equal_float64_formulas() -> None:
     x = torch.randn(3, 4, 5) * 2 + 7
     x64 = x.double()
-    centred = x64 - x64.mean()
+    centred, features = x64 - x64.mean(), x64.square().mean((0, 1))
     variance = centred.square().mean()
-    expected = [
-        x64.mean(),
-        variance.sqrt(),
-        x64.square().mean().sqrt(),
-        x64.abs().max(),
-        (centred**4).mean() / variance**2,
-    ]
-    torch.testing.assert_close(moments(x).double(), torch.stack(expected), rtol=1e-5, atol=1e-6)
+    expected = {
+        "mean": x64.mean(),
+        "std": variance.sqrt(),
+        "rms": x64.square().mean().sqrt(),
+        "absmax": x64.abs().max(),
+        "skew": (centred**3).mean() / variance**1.5,
+        "kurtosis": (centred**4).mean() / variance**2,
+        "outliers": features.var(unbiased=False) / features.mean() ** 2,
+        "absmax_to_median": x64.abs().max() / x64.abs().flatten().median(),
+    }
+    assert named(x) == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4, abs=1e-5)
 
 
-def test_kurtosis_of_a_gaussian_is_three_and_of_a_constant_zero() -> None:
+def test_a_gaussian_s_kurtosis_is_three_and_a_constant_s_zero() -> None:
     generator = torch.Generator().manual_seed(0)
-    assert moments(torch.randn(100_000, generator=generator))[4].item() == pytest.approx(3, 0.05)
-    assert moments(torch.full((4, 4), 2.5))[4].item() == 0
+    gaussian = named(torch.randn(1000, 100, generator=generator))
+    assert gaussian["kurtosis"] == pytest.approx(3, abs=0.05)
+    assert gaussian["skew"] == pytest.approx(0, abs=0.05)
+    assert gaussian["outliers"] == pytest.approx(0, abs=0.01)
+    constant = named(torch.full((4, 4), 2.5))
+    assert constant["kurtosis"] == constant["skew"] == constant["outliers"] == 0
+
+
+def test_one_feature_that_is_large_is_an_outlier() -> None:
+    x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 7] *= 1000  # a massive activation
+    assert named(x)["outliers"] == pytest.approx(63, rel=0.05)  # C − 1: all of it in one
+    assert named(x)["absmax_to_median"] > 1000
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_kurtosis_does_not_depend_on_scale(scale: float) -> None:
-    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert moments(x * scale)[4].item() == pytest.approx(moments(x)[4].item(), rel=1e-4)
+def test_the_shape_of_a_distribution_does_not_depend_on_its_scale(scale: float) -> None:
+    x = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
+    for key in ("skew", "kurtosis", "outliers", "absmax_to_median"):
+        assert named(x * scale)[key] == pytest.approx(named(x)[key], rel=1e-4), key
+    torch.testing.assert_close(histogram(x * scale), histogram(x), rtol=0, atol=2e-3)
+
+
+def test_a_histogram_is_shares_of_what_lies_where() -> None:
+    x = torch.tensor([[-1.0, 1.0, 1.0, 1.0]])  # rms 1: bins of half a unit from −8
+    shares = histogram(x)
+    assert shares[14] == 0.25
+    assert shares[18] == 0.75
+    assert shares.sum() == 1
+    assert histogram(torch.tensor([[float("nan"), 1.0]])).sum() == 1
+
+
+def test_attention_s_logit_and_entropy_are_those_of_its_softmax() -> None:
+    q, k = torch.randn(2, 2, 5, 6)
+    logit, entropy = attention(q, k, 2)
+    heads = [t.view(2, 5, 2, 3).transpose(1, 2) for t in (q, k)]
+    scores = heads[0] @ heads[1].mT / 3**0.5
+    rows = [scores[..., t, : t + 1] for t in range(5)]  # what each token may look at
+    assert logit.item() == pytest.approx(max(row.max().item() for row in rows))
+    entropies = [torch.distributions.Categorical(logits=row).entropy().mean() for row in rows]
+    torch.testing.assert_close(entropy, torch.stack(entropies).mean())
+
+
+def test_the_angle_between_opposite_streams_is_one_and_to_itself_zero() -> None:
+    x = torch.randn(2, 3, 4)
+    assert angle(x, -x).item() == pytest.approx(1, abs=1e-3)
+    assert angle(x, 2 * x).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_layers_branches_and_logits_are_recorded() -> None:
+    cfg = make_config("data=pydoc", "norm=dyt")
+    model = build_model(cfg, 50)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    x = torch.randint(50, (2, 8))
+    with collect(model, model.places()) as record:
+        logits, loss = model(x, x)
+        loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.h[1].parameters()]).norm().item()
+    with watch_update(model, record):
+        optimizer.step()
+    result = table(record)
+    layer = result["layers"]["h.1"]
+    assert layer["grad_norm"] == pytest.approx(gradient, rel=1e-5)
+    assert layer["update_norm"] == pytest.approx(0.5 * gradient, rel=1e-4)
+    assert set(result["layers"]) == {"wte", "wpe", "h.0", "h.1", "head"}
+    log_z = logits.logsumexp(-1).mean().item()
+    assert result["output"]["logits"]["log_z"] == pytest.approx(log_z, rel=1e-5)
+    branch, stream = result["branches"]["h.1.mlp"], result["residual"]["h.0"]
+    assert branch["ratio"] == pytest.approx(branch["after"]["rms"] / stream["after"]["rms"])
+    assert set(result["attention"]) == {"h.0.attn", "h.1.attn"}
+    assert 0 < result["residual"]["h.1"]["angle"] < 1
+    site = result["sites"]["h.0.attn.in"]
+    assert site["alpha_drift"] == site["gamma_drift"] == 0
+    assert site["saturation"] == 0
+    with collect(model, model.places()) as record:
+        model(x, x)
+    assert table(record)["sites"]["head"]["gamma_drift"] > 0
 
 
 @pytest.mark.parametrize("norm", ["layer", "dummy", "batch"])
 def test_every_site_and_depth_is_recorded(norm: str) -> None:
     model = build_model(make_config("data=pydoc", f"norm={norm}", "placement=peri"), 50)
     x = torch.randint(50, (2, 8))
-    with collect(model, model.streams()) as record:
+    with collect(model, model.places()) as record:
         model(x, x)[1].backward()
     result = table(record)
     slots = [
@@ -76,7 +162,7 @@ def test_the_gradient_at_an_identity_is_the_branch_s_alone() -> None:
     x = torch.randint(50, (2, 8))
     norms = []
     for m in (model, copying):
-        with collect(m, m.streams()) as record:
+        with collect(m, m.places()) as record:
             m(x, x)[1].backward()
         norms.append(table(record)["sites"]["h.0.attn.in"]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -87,7 +173,7 @@ def test_gradient_norms_do_not_depend_on_accumulation() -> None:
     x = torch.randint(50, (2, 8))
     norms = []
     for accum in (1, 4):
-        with collect(model, model.streams(), grad_scale=accum) as record:
+        with collect(model, model.places(), grad_scale=accum) as record:
             (model(x, x)[1] / accum).backward()
         norms.append(table(record)["sites"]["head"]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -95,7 +181,7 @@ def test_gradient_norms_do_not_depend_on_accumulation() -> None:
 
 def test_no_hook_is_left_behind_even_after_an_error() -> None:
     model = build_model(make_config("data=pydoc"), 50)
-    with pytest.raises(RuntimeError, match="inside"), collect(model, model.streams()):
+    with pytest.raises(RuntimeError, match="inside"), collect(model, model.places()):
         raise RuntimeError("inside")
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -103,7 +189,7 @@ def test_no_hook_is_left_behind_even_after_an_error() -> None:
 def test_the_first_site_that_is_not_finite_is_named() -> None:
     model = build_model(make_config("data=pydoc"), 50)
     model.h[1].mlp["in"].weight.data[3] = float("inf")
-    with collect(model, model.streams()) as record:
+    with collect(model, model.places()) as record:
         model(torch.randint(50, (2, 8)))
     assert first_nonfinite(record) == "h.1.mlp.in (gamma_norm)"
 

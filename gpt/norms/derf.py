@@ -31,3 +31,8 @@ class DynamicErf(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.weight * torch.erf(self.alpha * x + self.shift) + self.bias).to(x.dtype)
+
+    @torch.no_grad()
+    def saturation(self, x: Tensor) -> Tensor:
+        """The share of x where the squashed value is beyond ±0.95."""
+        return (torch.erf(self.alpha * x + self.shift).abs() > 0.95).float().mean()

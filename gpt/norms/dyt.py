@@ -31,3 +31,8 @@ class DynamicTanh(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.weight * torch.tanh(self.alpha * x) + self.bias).to(x.dtype)
+
+    @torch.no_grad()
+    def saturation(self, x: Tensor) -> Tensor:
+        """The share of x where the squashed value is beyond ±0.95."""
+        return (torch.tanh(self.alpha * x).abs() > 0.95).float().mean()

@@ -15,6 +15,7 @@ What a norm may have beside `forward`, each looked for where it is used:
     penalty                  a scalar tensor of the last forward, added to what is minimised
     commit()                 called after each step: statistics seen in it become running ones
     discrepancy(x)           how far x's own statistics are from the running ones
+    saturation(x)            the share of x where it is nearly flat
     affine()                 in evaluation: (scale, shift), (C,) each, where it is x·scale + shift
     adds                     it takes (x, branch) and gives (norm of the sum, sum)
 """
@@ -120,9 +121,11 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
         if not accepts(expected, value):
             raise ConfigError(f"{where}: expected {getattr(expected, '__name__', expected)}")
     try:
-        return cls(n_embd, **options)
+        norm = cls(n_embd, **options)
     except ValueError as error:
         raise ConfigError(f"configs/norm/{name}.yaml: {error}") from error
+    norm.started = {key: p.detach().clone() for key, p in norm.named_parameters()}
+    return norm
 
 
 def accepts(annotation: Any, value: Any) -> bool:

@@ -1,0 +1,60 @@
+"""What statistics cost: python scripts/bench_stats.py [OVERRIDES]
+
+Steps of the default run with and without them, in turns (A B A B …): the median ratio, and what
+that is of the training time at train.stats_every. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from gpt import cli
+from gpt.config import register_schemas, typed
+from gpt.data import TrainBatches, prepare
+from gpt.screen import Screen
+from gpt.stats import table
+from gpt.trainer import set_up, update
+
+STEPS = 20
+
+
+def main() -> None:
+    register_schemas()
+    with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
+        cfg = typed(compose("train", sys.argv[1:]))
+    t = cfg.train
+    with TemporaryDirectory() as folder:
+        data = prepare(cfg)
+        run, state = set_up(cfg, Path(folder), data, Screen(t.steps, quiet=True))
+        batches = TrainBatches(
+            data.train.ids, t.batch_size, t.grad_accum, cfg.model.block_size, cfg.seed
+        )
+        steps = count(1)
+
+        def seconds(counting: bool) -> float:
+            start = time.perf_counter()
+            row, record = update(run, state, run.model, batches, next(steps), counting)
+            if counting:
+                table(record)
+            row.loss.item()  # waits for the device
+            return time.perf_counter() - start
+
+        seconds(True), seconds(False)
+        pairs = [(seconds(False), seconds(True)) for _ in range(STEPS)]
+    plain, counted = (statistics.median(times) for times in zip(*pairs, strict=True))
+    share = (counted - plain) / (plain * max(1, t.stats_every))
+    print(f"a step: {1e3 * plain:.1f} ms, with statistics {1e3 * counted:.1f} ms")
+    print(f"ratio {counted / plain:.2f}; {100 * share:.2f}% of the training at stats_every="
+          f"{t.stats_every} on {run.device}, {torch.get_num_threads()} threads")  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main)
