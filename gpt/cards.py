@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from gpt.norms.registry import NORMS, build_norm, norm_class
+from gpt.norms.registry import NORMS, build_norm, norm_class, sizes
 
 SHAPE = (16, 128, 128)  # of the timed input: the default run's
 DIMS = {"B": 0, "T": 1, "C": 2}
@@ -20,11 +20,10 @@ DIMS = {"B": 0, "T": 1, "C": 2}
 
 def example(name: str, width: int, block_size: int = SHAPE[1]) -> Any:
     """The norm at its defaults, but for what the sizes decide."""
-    sizes: dict[str, Any] = {"block_size": block_size}
-    if width % 4:
-        sizes["groups"] = 1
-    takes = inspect.signature(norm_class(name)).parameters
-    return build_norm(name, width, None, **{k: v for k, v in sizes.items() if k in takes})
+    options: dict[str, Any] = sizes(name, block_size)
+    if "groups" in inspect.signature(norm_class(name)).parameters and width % 4:
+        options["groups"] = 1
+    return build_norm(name, width, **options)
 
 
 def parameters(name: str) -> str:

@@ -118,8 +118,6 @@ class PlacementConfig:
             raise ConfigError(
                 f"placement.{key}={formula}: expected {expected} ({error})"
             ) from error
-        if float in types and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
         ok = isinstance(value, types) and (not isinstance(value, float) or math.isfinite(value))
         check(ok, f"placement.{key}", formula, expected)
         return value

@@ -1,6 +1,7 @@
 """One run on several processes: `torchrun --nproc-per-node=2 scripts/train.py …`.
 
-Each takes an equal share of every batch, so that the run is the same whatever their number is.
+Each takes an equal share of every batch, so that the run is the same whatever their number is, up to
+rounding and, where there is any, to dropout.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpt.errors import ConfigError
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -24,14 +27,20 @@ def rank() -> int:
 
 
 @contextmanager
-def processes() -> Iterator[None]:
-    """Inside, the processes that torchrun has started know one another; alone, nothing happens."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
+def processes(device: str) -> Iterator[None]:
+    """Inside, the processes that torchrun has started know one another; alone, nothing happens.
+
+    device  what the run was asked for: of `cuda` each process takes one of its own
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    if torch.cuda.is_available():
+    if ":" in device:
+        raise ConfigError(f"device={device}: each of several processes has its own; say cuda")
+    on_cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
         yield
     finally:
@@ -44,7 +53,7 @@ def share(rows: np.ndarray) -> np.ndarray:
 
 
 def on_any_process(flag: bool) -> bool:
-    """Whether `flag` holds on one of the processes; all must ask."""
+    """Whether `flag` holds on one of the processes; all must ask, and so wait for one another."""
     if world_size() == 1:
         return flag
     flags = [False] * world_size()

@@ -20,10 +20,8 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
-    ast.Pow: math.pow,  # of floats only, so that 9**9**9 cannot take for ever
+    ast.Pow: math.pow,  # of floats, so that 9**9**9 overflows at once
     ast.Mod: operator.mod,
-    ast.USub: operator.neg,
-    ast.Not: operator.not_,
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
@@ -31,27 +29,38 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
+LONGEST = 200  # characters; Python's parser runs out of memory on what nests too deeply
 FUNCTIONS: dict[str, Callable[[float], float]] = {"sqrt": math.sqrt, "log": math.log}
 
 
 def evaluate(formula: Any, l: int, L: int) -> float | bool | str:  # noqa: E741
     """The value of `formula` at block `l` of `L`; a name other than l and L stands for itself.
 
-    ValueError where it is no formula or has no value there.
+    Numbers are floats. ValueError where it is no formula or has no value there.
     """
+
+    def number(node: ast.AST) -> float:
+        result = value(node)
+        if not isinstance(result, float):
+            raise ValueError(f"{ast.unparse(node)!r} is not a number")
+        return result
 
     def value(node: ast.AST) -> Any:
         match node:
-            case ast.Constant(value=bool() | int() | float() as constant):
+            case ast.Constant(value=bool() as constant):
                 return constant
+            case ast.Constant(value=int() | float() as constant):
+                return float(constant)
             case ast.Name(id=name):
-                return {"l": l, "L": L, "true": True, "false": False}.get(name, name)
-            case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-                return OPERATORS[type(op)](value(operand))
+                return {"l": float(l), "L": float(L), "true": True, "false": False}.get(name, name)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return not value(operand)
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -number(operand)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-                return OPERATORS[type(op)](value(left), value(right))
+                return OPERATORS[type(op)](number(left), number(right))
             case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in OPERATORS:
-                return OPERATORS[type(op)](value(left), value(right))
+                return OPERATORS[type(op)](number(left), number(right))
             case ast.BoolOp(op=ast.And(), values=values):
                 return all(value(v) for v in values)
             case ast.BoolOp(op=ast.Or(), values=values):
@@ -61,9 +70,11 @@ def evaluate(formula: Any, l: int, L: int) -> float | bool | str:  # noqa: E741
             case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if (
                 name in FUNCTIONS
             ):
-                return FUNCTIONS[name](value(argument))
+                return FUNCTIONS[name](number(argument))
         raise ValueError(f"{ast.unparse(node)!r} is not understood")
 
+    if len(str(formula)) > LONGEST:
+        raise ValueError(f"longer than {LONGEST} characters")
     try:
         return value(ast.parse(str(formula), mode="eval").body)
     except (SyntaxError, TypeError, ArithmeticError, RecursionError) as error:

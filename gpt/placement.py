@@ -8,7 +8,7 @@ from gpt import norms  # noqa: F401  (registers them)
 from gpt.config import Config, PlacementConfig
 from gpt.errors import ConfigError
 from gpt.model import GPT, BlockPlan
-from gpt.norms.registry import build_norm
+from gpt.norms.registry import build_norm, sizes
 
 
 def slot(placement: PlacementConfig, site: str, n_layer: int) -> bool | str:
@@ -43,7 +43,7 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
                 return build_norm(n_embd=width, **cfg.norm)
             case name:
                 try:
-                    return build_norm(name, width)
+                    return build_norm(name, width, **sizes(name, cfg.model.block_size))
                 except ConfigError as error:
                     raise ConfigError(f"placement of {site}: {error}") from error
 

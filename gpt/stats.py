@@ -102,8 +102,8 @@ def angle(x: Tensor, y: Tensor) -> Tensor:
 class Collector:
     """The hooks of one step and what they find."""
 
-    def __init__(self, grad_scale: float) -> None:
-        self.record: Record = {}
+    def __init__(self, record: Record, grad_scale: float) -> None:
+        self.record = record
         self.handles: list[RemovableHandle] = []
         self.grad_scale = grad_scale
         self.depth_before: Tensor | None = None
@@ -200,12 +200,14 @@ class Collector:
 
 
 @contextmanager
-def collect(model: nn.Module, places: Places, grad_scale: float = 1.0) -> Iterator[Record]:
-    """Inside, one forward and backward of `model` fills the record that is yielded.
+def collect(
+    model: nn.Module, places: Places, record: Record, grad_scale: float = 1.0
+) -> Iterator[None]:
+    """Inside, one forward and backward of `model` fills the record.
 
     grad_scale  what a gradient is multiplied with: grad_accum, where the loss was divided by it
     """
-    collector = Collector(grad_scale)
+    collector = Collector(record, grad_scale)
     norms = set(norms_of(model))
     keeping: list[Any] = [norm for norm in norms if hasattr(norm, "keep_rows")]
     for norm in keeping:  # it has the moments of its rows: they are reused
@@ -221,7 +223,7 @@ def collect(model: nn.Module, places: Places, grad_scale: float = 1.0) -> Iterat
         collector.heads(name, q_from, k_from, n_head)
     collector.logits(model)
     try:
-        yield collector.record
+        yield
     finally:
         for handle in collector.handles:
             handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,30 +22,38 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     tokens  the fingerprint of this run's tokenizer
 
     The model's sizes, its placement and its tokens must be that run's, and without
-    `init.swap_norm` its norm as well, else ConfigError. Of norms that are swapped, parameters and
-    buffers of the same name and shape (γ, β) are kept and the others start afresh.
+    `init.swap_norm` its norm as well, else ConfigError. Of norms that are swapped, parameters of
+    the same name and shape (γ, β) are kept; the others and all running statistics start afresh.
     """
     source = Path(cfg.init["from"])
     trained = load_model(source)
     there = load_config(source / "config.yaml")
-    for key in ("model", "placement", *(() if cfg.init["swap_norm"] else ("norm",))):
-        a, b = (
-            c if isinstance(c, dict) else asdict(c)
-            for c in (getattr(there, key), getattr(cfg, key))
-        )
-        differing = [f"{key}.{k}={a.get(k)}" for k in {**a, **b} if a.get(k) != b.get(k)]
+    for group in ("model", "placement", *(() if cfg.init["swap_norm"] else ("norm",))):
+        a, b = (as_dict(getattr(c, group)) for c in (there, cfg))
+        differing = [
+            f"{group}.{key}={a.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)
+        ]
         if differing:
-            hint = f" or init.swap_norm={cfg.norm['name']}" if key == "norm" else ""
+            hint = f" or init.swap_norm={cfg.norm['name']}" if group == "norm" else ""
             raise ConfigError(f"init.from={source}: it has {differing[0]}; say so here too{hint}")
     if fingerprint(load_tokenizer(source / "tokenizer.json")) != tokens:
         raise ConfigError(
             f"init.from={source}: its tokens are others; use the same data and tokenizer"
         )
     old, new = trained.state_dict(), model.state_dict()
-    kept = {k: v for k, v in old.items() if k in new and new[k].shape == v.shape}
+    buffers = dict(model.named_buffers()) if cfg.init["swap_norm"] else {}
+    kept = {
+        k: v for k, v in old.items() if k in new and new[k].shape == v.shape and k not in buffers
+    }
     model.load_state_dict(kept, strict=False)
     fresh = sorted({k.rpartition(".")[2] for k in new.keys() - kept.keys()})
     left = sorted({k.rpartition(".")[2] for k in old.keys() - kept.keys()})
     line = f"starting from {source}: {len(kept)} tensors of it"
     line += f", new {', '.join(fresh)}" * bool(fresh)
     return line + f", without its {', '.join(left)}" * bool(left)
+
+
+def as_dict(group: Any) -> dict[str, Any]:
+    """A group of the configuration without what a trained model does not depend on."""
+    values = group if isinstance(group, dict) else asdict(group)
+    return {k: v for k, v in values.items() if k not in ("dropout", "init", "xavier", "module")}

@@ -28,7 +28,7 @@ from gpt.generate import generate
 from gpt.logger import RunLog
 from gpt.model import GPT
 from gpt.norms.batch import batch_statistics, with_batch_stats
-from gpt.norms.registry import begin_step, norms_of, penalties
+from gpt.norms.registry import begin_step, commit, defer, norms_of, penalties
 from gpt.optim import lr_at, make_optimizer
 from gpt.placement import build_model
 from gpt.run_dir import locked, refuse_another_configuration, stop_signals
@@ -70,7 +70,7 @@ def train(cfg: Config, root: Path = Path("runs")) -> dict[str, Any]:
     Its directory is `cfg.run_dir`, or else a name under `root` that follows from `cfg`.
     """
     run_dir = Path(cfg.run_dir) if cfg.run_dir else root / cfg.run_name()
-    with processes(), locked(run_dir) if rank() == 0 else nullcontext():
+    with processes(cfg.device), locked(run_dir) if rank() == 0 else nullcontext():
         screen = Screen(cfg.train.steps, quiet=rank() > 0)
         refuse_another_configuration(run_dir, cfg)
         data = prepare(cfg)
@@ -98,6 +98,7 @@ def train(cfg: Config, root: Path = Path("runs")) -> dict[str, Any]:
         except Diverged:
             if rank() == 0:
                 log.summary(summarise(run, state) | {"diverged_at": state.step})
+            on_any_process(False)  # the first that ends has torchrun end the others
             raise
         finally:
             log.close()
@@ -136,8 +137,7 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
             f"{world_size()} processes"
         )
     model = build_model(cfg, data.tokenizer.n_vocab).to(device)
-    for norm in with_batch_stats(model):
-        norm.deferred = cfg.train.grad_accum > 1
+    defer(model, cfg.train.grad_accum)
     refuse_single_values(model, cfg)
     sight = probe(model, data.tokenizer.n_vocab, cfg.model.block_size, cfg.train.steps)
     if cfg.strict_causal:
@@ -230,6 +230,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             if saving and rank() == 0:
                 checkpoint.save(run.dir, state, t.keep_checkpoints)
             if stopping and step < t.steps:
+                on_any_process(False)  # all wait until the first has saved
                 run.screen.say(f"stopped at step {step}; the same command resumes there")
                 raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
             started = time.perf_counter()
@@ -255,10 +256,10 @@ def update(
     begin_step(run.model, step, cfg.train.steps)
     torch.manual_seed(stream_seed(cfg.seed, f"dropout/{step}/{rank()}"))  # nothing else draws
     for x, y in batches.at(step, run.device):
-        watching: AbstractContextManager[stats.Record] = nullcontext(record)
+        watching: AbstractContextManager[None] = nullcontext()
         if counting and not losses:
-            watching = stats.collect(run.model, run.model.places(), accum)
-        with watching as record, gradients_stay(forward, len(losses) < accum - 1):
+            watching = stats.collect(run.model, run.model.places(), record, accum)
+        with watching, gradients_stay(forward, len(losses) < accum - 1):
             with autocast(run.device, cfg.dtype):
                 _, loss = forward(x, y)
             ((loss + penalties(run.model)) / accum).backward()
@@ -278,9 +279,7 @@ def update(
         elif finite:
             optimizer.step()
     optimizer.zero_grad()
-    for norm in with_batch_stats(run.model):
-        if norm.deferred:
-            norm.commit()
+    commit(run.model)
     return Row(step, lr, loss, grad_norm), record
 
 
@@ -309,15 +308,17 @@ def stop_if_diverged(
     state.step = bad[0]["step"]
     site = "only in the backward pass"
     for x, y in batches.at(state.step, run.device):
+        record: stats.Record = {}
         with (
             torch.no_grad(),
             autocast(run.device, run.cfg.dtype),
-            stats.collect(run.model, run.model.places()) as record,
+            stats.collect(run.model, run.model.places(), record),
         ):
             run.model(x, y)
         found = stats.first_nonfinite(record)
         if found:
             site = f"first in {found}"
+        if on_any_process(bool(found)):
             break
     raise Diverged(
         f"diverged at step {state.step}: loss {bad[0]['loss']}, gradient norm "

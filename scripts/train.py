@@ -70,7 +70,8 @@ def sweep_dir(argv: list[str]) -> Path | None:
 
 if __name__ == "__main__":
     # A norm's yaml has no `module` but `norm=module`'s: it may be added to any.
-    sys.argv[1:] = [f"++{a}" if a.startswith("norm.module=") else a for a in sys.argv[1:]]
+    own = [cli.literal(arg, "norm.module") for arg in sys.argv[1:]]
+    sys.argv[1:] = [f"++{arg}" if arg.startswith("norm.module=") else arg for arg in own]
     folder = sweep_dir(sys.argv[1:])
     if folder is None:
         sys.argv[1:] = [

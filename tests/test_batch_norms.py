@@ -20,7 +20,7 @@ from gpt.norms.batch import BatchNorm
 from gpt.norms.power import PowerNorm
 from gpt.norms.prepbn import ProgressiveRepBatchNorm
 from gpt.norms.rbn import RegularisedBatchNorm
-from gpt.norms.registry import begin_step, norms_of, penalties
+from gpt.norms.registry import begin_step, commit, defer, norms_of, penalties
 from gpt.placement import build_model
 from gpt.trainer import train
 from tests.conftest import make_config, read_rows, run_program
@@ -151,27 +151,53 @@ def test_prepbn_goes_from_rms_norm_to_repbn() -> None:
     norm, x = ProgressiveRepBatchNorm(5, fraction=0.5), torch.randn(2, 3, 5)
     norm.begin_step(1, 100)
     torch.testing.assert_close(norm(x), nn.functional.rms_norm(x, (5,), None, 1e-5))
-    norm.begin_step(26, 100)
+    norm.begin_step(26, 101)
     assert norm.fade == 0.5
     assert norm.affine() is None
-    norm.begin_step(51, 100)
+    norm.begin_step(51, 101)
     bn = nn.BatchNorm1d(5)
     expected = bn(x.flatten(0, 1)).view_as(x) + x
     torch.testing.assert_close(norm(x), expected)
 
 
 def test_annealing_ends_in_a_division_by_a_constant() -> None:
-    norm, x = AnnealedLayerNorm(5, start=0.2, end=0.8, momentum=1.0), torch.randn(2, 3, 5) * 4
+    norm, x = AnnealedLayerNorm(5, start=0.2, end=0.8), torch.randn(2, 3, 5) * 4
     norm.begin_step(1, 10)
     torch.testing.assert_close(norm(x), nn.LayerNorm(5)(x))
     std = (x.var(-1, unbiased=False) + 1e-5).sqrt().mean()
     torch.testing.assert_close(norm.running_std, std)
-    norm.begin_step(9, 10)  # 80% are done
+    norm.begin_step(9, 11)  # 80% are done
     centred = x - x.mean(-1, keepdim=True)
     torch.testing.assert_close(norm(2 * x), 2 * centred / std)  # σ̄ stays: it is linear now
     torch.testing.assert_close(norm.running_std, std)
-    norm.begin_step(6, 10)
+    norm.begin_step(6, 11)
     assert norm.fade.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_a_schedule_over_the_whole_training_is_done_in_its_last_step(steps: int) -> None:
+    anneal, prepbn = (
+        AnnealedLayerNorm(3, start=0.1, end=1.0),
+        ProgressiveRepBatchNorm(3, fraction=1),
+    )
+    for norm in (anneal, prepbn):
+        norm.begin_step(max(steps, 2), max(steps, 2))
+    assert anneal.fade == 1
+    assert prepbn.fade == 0
+
+
+def test_annealing_and_power_norm_see_micro_batches_as_one_batch() -> None:
+    x, dy = torch.randn(2, 8, 5, 7, dtype=torch.float64)
+    for make in (lambda: AnnealedLayerNorm(7), lambda: PowerNorm(7, warmup_steps=0)):
+        whole, parts = make().double(), make().double()
+        for norm, pieces in ((whole, 1), (parts, 4)):
+            defer(norm, pieces)
+            for micro, gradient in zip(x.chunk(pieces), dy.chunk(pieces), strict=True):
+                norm(micro.clone().requires_grad_()).backward(gradient)
+            commit(norm)
+        for (name, a), b in zip(whole.named_buffers(), parts.buffers(), strict=True):
+            torch.testing.assert_close(a, b, msg=name)
+        assert any(b.dim() and b.abs().sum() > 0 for b in whole.buffers()) or whole.running_std > 0
 
 
 def test_rbn_s_penalty_is_minimised_and_not_logged(
@@ -192,6 +218,7 @@ def test_rbn_s_penalty_is_minimised_and_not_logged(
 def test_power_norm_after_its_warm_up_is_the_paper_s_algorithm() -> None:
     """Forward by the steps' running ψ, backward by Γ, Λ and ν, written out for three steps."""
     norm = PowerNorm(4, momentum=0.1, warmup_steps=0, eps=1e-12).double()
+    norm.deferred = True
     psi2, nu = torch.ones(4).double(), torch.zeros(4).double()
     generator = torch.Generator().manual_seed(0)
     for step in (1, 2, 3):
@@ -200,6 +227,7 @@ def test_power_norm_after_its_warm_up_is_the_paper_s_algorithm() -> None:
         x.requires_grad_()
         y = norm(x)
         y.backward(dy)
+        norm.commit()
         with torch.no_grad():
             x_hat = x / psi2.sqrt()
             torch.testing.assert_close(y, x_hat)  # γ = 1, β = 0

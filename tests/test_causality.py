@@ -45,6 +45,17 @@ def test_what_a_model_lets_tokens_see_is_found(
     assert (found.training, found.evaluation) == (training, evaluation)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["norm=instance", "placement.init.o=0", "placement.init.fc2=0", "placement.head=false"],
+        ["norm=batch", "placement.alpha=1e38", "placement.head=false"],  # nothing finite to compare
+    ],
+)
+def test_neither_branches_that_start_at_zero_nor_overflow_hide_a_leak(overrides: list[str]) -> None:
+    assert sight(*overrides).training
+
+
 def test_one_leaky_norm_in_one_slot_is_enough() -> None:
     assert sight("placement.mlp.mid='batch if l == 2 else false'").training == (FUTURE, NEIGHBOURS)
     assert sight("norm=batch", "placement=none").training == ()
@@ -56,9 +67,10 @@ def test_power_norm_is_causal_without_a_warm_up_on_the_batch() -> None:
 
 def test_dropout_is_no_leak_and_probing_leaves_no_trace() -> None:
     model = build_model(make_config("data=pydoc", "norm=prepbn", "model.dropout=0.5"), 61)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in tensors]
     probe(model, 61, 32, 100)
-    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
     assert model.training
     assert sight("model.dropout=0.5").training == ()
 

@@ -156,7 +156,8 @@ def test_a_model_with_fused_residuals_equals_the_plain_one(
     idx = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(0))
     for norm in ("layer", "cuda_layer"):
         model = build_model(make_config("data=pydoc", f"norm={norm}", f"placement={placement}"), 61)
-        with stats.collect(model, model.places()) as record:
+        record: stats.Record = {}
+        with stats.collect(model, model.places(), record):
             loss = model(idx, idx)[1]
             loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}

@@ -179,6 +179,10 @@ def test_cuda_layer_never_falls_back_silently() -> None:
         ("layer", {"eps": float("inf")}, "expected float"),
         ("layer", {"eps": -1.0}, "expected a number >= 0"),
         ("layer", {"bias": 1}, "expected bool"),
+        ("batch_pos", {}, "norm.block_size is not given"),
+        ("group", {"groups": 3}, "expected a divisor of 8 features"),
+        ("anneal", {"start": 0.9, "end": 0.8}, "expected 0 < start < end <= 1"),
+        ("rms", {"partial": 0.0}, r"expected a number in \(0, 1\]"),
         ("batch", {"momentum": 2.0}, r"expected a number in \[0, 1\]"),
     ],
 )
@@ -186,6 +190,17 @@ def test_a_wrong_norm_is_refused_in_one_line(name: str, options: dict, message: 
     with pytest.raises(ConfigError, match=message) as error:
         build_norm(name, 8, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "option"), [("dyt", "alpha"), ("derf", "shift")])
+def test_a_whole_number_is_a_float_too(name: str, option: str) -> None:
+    assert getattr(build_norm(name, 4, **{option: 1}), option).dtype == torch.float32
+
+
+def test_partial_rms_norm_sees_the_first_features_only() -> None:
+    norm, x = build_norm("rms", 100, partial=0.07), torch.randn(1, 1, 100)
+    expected = x / (x[..., :7].square().mean() + 1e-5).sqrt()
+    torch.testing.assert_close(norm(x), expected)
 
 
 def test_a_norm_registers_once_and_says_what_it_is() -> None:

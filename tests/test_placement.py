@@ -136,6 +136,11 @@ def test_qk_norm_an_embedding_norm_and_the_final_norm_are_orthogonal_to_the_plac
     torch.testing.assert_close(model(idx)[0], x @ model.wte.weight.T)
 
 
+def test_a_slot_s_norm_gets_the_sizes_it_needs() -> None:
+    model = built("placement.mlp.mid=batch_pos")
+    assert model.h[0].mlp["mid"].running_mean.shape == (32, 128)  # block_size, 4C
+
+
 def test_a_norm_may_differ_by_depth() -> None:
     model = built("placement.attn.in='rms if l > L/2 else l > 1'")
     kinds = [type(block.attn["in"]).__name__ for block in model.h]
@@ -207,7 +212,8 @@ def test_formulas_have_the_values_they_say(formula: object, value: object) -> No
 @pytest.mark.parametrize(
     "formula",
     ["__import__('os')", "l.real", "[l for l in L]", "print(l)", "lambda: l", "l(", "'text'",
-     "9**9**9**9", "1/(l-l)", "(l := 3)", "open('x')", "-" * 5000 + "l"],
+     "9**9**9**9", "1/(l-l)", "(l := 3)", "open('x')", "-" * 5000 + "l", "rms*99999999999",
+     "lay+er", "-rms", "rms < layer", "9" * 400, "sqrt(rms)"],
 )  # fmt: skip
 def test_nothing_but_arithmetic_is_ever_run(formula: str) -> None:
     with pytest.raises(ValueError, match=r".+"):

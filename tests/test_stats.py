@@ -103,7 +103,8 @@ def test_layers_branches_and_logits_are_recorded() -> None:
     model = build_model(cfg, 50)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     x = torch.randint(50, (2, 8))
-    with collect(model, model.places()) as record:
+    record: dict = {}
+    with collect(model, model.places(), record):
         logits, loss = model(x, x)
         loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.h[1].parameters()]).norm().item()
@@ -123,7 +124,8 @@ def test_layers_branches_and_logits_are_recorded() -> None:
     site = result["sites"]["h.0.attn.in"]
     assert site["alpha_drift"] == site["gamma_drift"] == 0
     assert site["saturation"] == 0
-    with collect(model, model.places()) as record:
+    record: dict = {}
+    with collect(model, model.places(), record):
         model(x, x)
     assert table(record)["sites"]["head"]["gamma_drift"] > 0
 
@@ -132,7 +134,8 @@ def test_layers_branches_and_logits_are_recorded() -> None:
 def test_every_site_and_depth_is_recorded(norm: str) -> None:
     model = build_model(make_config("data=pydoc", f"norm={norm}", "placement=peri"), 50)
     x = torch.randint(50, (2, 8))
-    with collect(model, model.places()) as record:
+    record: dict = {}
+    with collect(model, model.places(), record):
         model(x, x)[1].backward()
     result = table(record)
     slots = [
@@ -162,7 +165,8 @@ def test_the_gradient_at_an_identity_is_the_branch_s_alone() -> None:
     x = torch.randint(50, (2, 8))
     norms = []
     for m in (model, copying):
-        with collect(m, m.places()) as record:
+        record: dict = {}
+        with collect(m, m.places(), record):
             m(x, x)[1].backward()
         norms.append(table(record)["sites"]["h.0.attn.in"]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -173,7 +177,8 @@ def test_gradient_norms_do_not_depend_on_accumulation() -> None:
     x = torch.randint(50, (2, 8))
     norms = []
     for accum in (1, 4):
-        with collect(model, model.places(), grad_scale=accum) as record:
+        record: dict = {}
+        with collect(model, model.places(), record, grad_scale=accum):
             (model(x, x)[1] / accum).backward()
         norms.append(table(record)["sites"]["head"]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -181,7 +186,7 @@ def test_gradient_norms_do_not_depend_on_accumulation() -> None:
 
 def test_no_hook_is_left_behind_even_after_an_error() -> None:
     model = build_model(make_config("data=pydoc"), 50)
-    with pytest.raises(RuntimeError, match="inside"), collect(model, model.places()):
+    with pytest.raises(RuntimeError, match="inside"), collect(model, model.places(), {}):
         raise RuntimeError("inside")
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -189,7 +194,8 @@ def test_no_hook_is_left_behind_even_after_an_error() -> None:
 def test_the_first_site_that_is_not_finite_is_named() -> None:
     model = build_model(make_config("data=pydoc"), 50)
     model.h[1].mlp["in"].weight.data[3] = float("inf")
-    with collect(model, model.places()) as record:
+    record: dict = {}
+    with collect(model, model.places(), record):
         model(torch.randint(50, (2, 8)))
     assert first_nonfinite(record) == "h.1.mlp.in (gamma_norm)"
 

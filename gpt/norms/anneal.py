@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.distributed import mean_over_processes
-from gpt.norms.registry import check_at_least, register, wide
+from gpt.norms.registry import check_at_least, progress, register, wide
 
 
 @register("anneal")
@@ -19,7 +19,7 @@ class AnnealedLayerNorm(nn.Module):
     n_embd    C
     eps       ε > 0
     start     fraction of the training at which λ leaves 0
-    end       and at which it reaches 1, start < end ≤ 1
+    end       and at which it reaches 1, 0 < start < end ≤ 1
     momentum  in [0, 1], the weight of the newest batch in σ̄
 
     Use it with init.from, on a model trained with `layer`, to take its norms away. The straight
@@ -29,8 +29,11 @@ class AnnealedLayerNorm(nn.Module):
 
     axes = ("C",)
     invariances = ("shift",)
+    defers = True
     running_std: Tensor  # σ̄
+    updates: Tensor  # of σ̄
     fade: Tensor  # λ
+    seen: Tensor
 
     def __init__(
         self,
@@ -43,27 +46,40 @@ class AnnealedLayerNorm(nn.Module):
     ) -> None:
         super().__init__()
         check_at_least(1e-30, eps=eps)
-        if not 0 <= start < end <= 1:
-            raise ValueError(f"norm.start={start}, norm.end={end}: expected 0 <= start < end <= 1")
+        if not 0 < start < end <= 1:
+            raise ValueError(f"norm.start={start}, norm.end={end}: expected 0 < start < end <= 1")
         if not 0 <= momentum <= 1:
             raise ValueError(f"norm.momentum={momentum}: expected a number in [0, 1]")
         self.eps, self.start, self.end, self.momentum = eps, start, end, momentum
         self.weight = nn.Parameter(torch.ones(n_embd))  # γ
         self.bias = nn.Parameter(torch.zeros(n_embd))  # β
         self.register_buffer("running_std", torch.ones(()))
+        self.register_buffer("updates", torch.zeros(()))
         self.register_buffer("fade", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(2), persistent=False)  # Σ of mean σ, how many
+        self.deferred = False
 
     def begin_step(self, step: int, steps: int) -> None:
-        done = ((step - 1) / steps - self.start) / (self.end - self.start)
+        done = (progress(step, steps) - self.start) / (self.end - self.start)
         self.fade.fill_(min(1.0, max(0.0, done)))
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        total, count = self.seen
+        due = (self.fade == 0) * (count > 0)
+        weight = (1 / (self.updates + 1)).clamp_min(self.momentum)  # the first is taken whole
+        self.running_std += due * weight * (total / count.clamp_min(1) - self.running_std)
+        self.updates += due
+        self.seen.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = wide(x)
         centred = x32 - x32.mean(-1, keepdim=True)
         std = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        rstd = (1 - self.fade) / std + self.fade / self.running_std
         if self.training:
             mean_std = mean_over_processes(std.detach().mean())
-            off = mean_std - self.running_std
-            self.running_std += self.momentum * (self.fade == 0) * off
-        rstd = (1 - self.fade) / std + self.fade / self.running_std
+            self.seen += torch.stack([mean_std, torch.ones_like(mean_std)])
+            if not self.deferred:
+                self.commit()
         return (centred * rstd * self.weight + self.bias).to(x.dtype)

@@ -45,6 +45,7 @@ class BatchNorm(nn.Module):
     evaluation_axes: ClassVar[tuple[str, ...]] = ()
     invariances: ClassVar[tuple[str, ...]] = ("shift", "scale")
     correction = 1  # the running variance is unbiased: ÷ n − 1
+    defers = False
 
     running_mean: Tensor
     running_var: Tensor
@@ -113,13 +114,16 @@ class BatchNorm(nn.Module):
         for seen in (self.seen_mean, self.seen_square, self.seen_count):
             seen.zero_()
 
-    @torch.no_grad()
     def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Training against inference: mean |μ_run − μ_B|/σ_B and mean |σ_run/σ_B − 1| (RBN)."""
-        mean, variance = moments(x, (0, 1))
-        std = (variance + self.eps).sqrt()
-        running_std = (self.running_var + self.eps).sqrt()
-        return ((self.running_mean - mean).abs() / std).mean(), (running_std / std - 1).abs().mean()
+        return self.distance(*moments(x, (0, 1)), self.running_mean, self.running_var)
+
+    @torch.no_grad()
+    def distance(
+        self, mean: Tensor, variance: Tensor, running_mean: Tensor, running_var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        std, running_std = ((v + self.eps).sqrt() for v in (variance, running_var))
+        return ((running_mean - mean).abs() / std).mean(), (running_std / std - 1).abs().mean()
 
     @torch.no_grad()
     def affine(self) -> tuple[Tensor, Tensor]:

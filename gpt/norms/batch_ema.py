@@ -27,6 +27,7 @@ class PastBatchNorm(BatchNorm):
 
     axes = ()
     invariances = ()
+    defers = True
 
     def forward(self, x: Tensor) -> Tensor:
         if self.batch_stats:

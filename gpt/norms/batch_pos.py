@@ -28,6 +28,7 @@ class PositionBatchNorm(BatchNorm):
     """
 
     axes = ("B",)
+    evaluation_axes = ()
 
     def __init__(
         self, n_embd: int, *, block_size: int, eps: float = 1e-5, momentum: float = 0.1
@@ -45,18 +46,15 @@ class PositionBatchNorm(BatchNorm):
             raise ValueError("norm=batch_pos in training needs more than 1 sample a batch (B > 1)")
         mean, variance = moments(x, (0,))
         if self.training and not self.batch_stats:
-            later = (self.running_mean[T:], self.running_var[T:])  # unseen, and so they stay
-            unseen = [torch.cat([a, b]) for a, b in zip((mean, variance), later, strict=True)]
-            self.observe(unseen[0].detach(), unseen[1].detach(), count)
+            # What is later than this batch's T is not seen, and so stays.
+            padded = torch.cat([mean.detach(), self.running_mean[T:]])
+            padded_var = torch.cat([variance.detach(), self.running_var[T:]])
+            self.observe(padded, padded_var, count)
         return self.normalise(x, mean, variance)
 
-    @torch.no_grad()
     def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As BatchNorm's, over positions and features."""
-        mean, variance = moments(x, (0,))
-        std, T = (variance + self.eps).sqrt(), x.shape[1]
-        running_std = (self.running_var[:T] + self.eps).sqrt()
-        off = (self.running_mean[:T] - mean).abs() / std
-        return off.mean(), (running_std / std - 1).abs().mean()
+        T = x.shape[1]
+        return self.distance(*moments(x, (0,)), self.running_mean[:T], self.running_var[:T])
 
     affine = None  # type: ignore[assignment]  # one map a position: no Linear could take it in

@@ -44,5 +44,5 @@ class CudaLayerNorm(nn.Module):
     def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         y, stream, mean, rstd = add_norm(x, branch, self.weight, self.bias, self.eps)
         if self.keep_rows:
-            self.rows = mean, rstd.square().reciprocal() - self.eps
+            self.rows = mean, (rstd.square().reciprocal() - self.eps).clamp_min(0)
         return y if branch is None else (y, stream)

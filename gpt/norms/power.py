@@ -15,25 +15,24 @@ from gpt.norms.registry import check_at_least, register, wide
 class Divide(torch.autograd.Function):
     """x̂ = x/√ψ, ψ from earlier steps; backward as if ψ were this batch's, by a running ν.
 
-    dx = (dx̂ − ν x̂)/√ψ;  ν ← ν (1 − (1 − α) Γ) + (1 − α) Λ,  Γ = mean x̂², Λ = mean dx̂·x̂.
+    dx = (dx̂ − ν x̂)/√ψ. `seen` gathers Γ = mean x̂², Λ = mean dx̂·x̂ and how often.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, psi: Tensor, nu: Tensor, momentum: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, psi: Tensor, nu: Tensor, seen: Tensor) -> Tensor:
         rstd = psi.rsqrt()
         x_hat = x * rstd
         ctx.save_for_backward(x_hat, rstd)
-        ctx.nu, ctx.momentum = nu, momentum
+        ctx.nu, ctx.seen = nu, seen
         return x_hat
 
     @staticmethod
     def backward(ctx: Any, dx_hat: Tensor) -> tuple[Tensor, None, None, None]:
         x_hat, rstd = ctx.saved_tensors
-        nu, momentum = ctx.nu, ctx.momentum
-        dx = (dx_hat - nu * x_hat) * rstd
+        dx = (dx_hat - ctx.nu * x_hat) * rstd
         gamma = mean_over_processes(x_hat.square().mean((0, 1)))
         lam = mean_over_processes((dx_hat * x_hat).mean((0, 1)))
-        nu.mul_(1 - momentum * gamma).add_(momentum * lam)
+        ctx.seen.add_(torch.stack([gamma, lam, torch.ones_like(lam)]))
         return dx, None, None, None
 
 
@@ -43,7 +42,8 @@ class PowerNorm(BatchNorm):
 
     (B, T, C) → (B, T, C). For the first `warmup_steps` ψ is the batch's own, and a token sees later
     tokens and other samples; then it is the earlier steps' running mean, in training as in
-    evaluation, and the gradient is the paper's approximation.
+    evaluation, and the gradient is the paper's approximation, with a running ν for the share of ψ:
+    ν ← ν (1 − (1 − α) Γ) + (1 − α) Λ, Γ = mean x̂², Λ = mean dx̂·x̂.
 
     n_embd        C
     eps           ε > 0
@@ -56,7 +56,9 @@ class PowerNorm(BatchNorm):
 
     invariances = ("scale",)
     correction = 0
+    defers = True
     nu: Tensor
+    seen_backward: Tensor
 
     def __init__(
         self, n_embd: int, *, eps: float = 1e-5, momentum: float = 0.1, warmup_steps: int = 100
@@ -65,9 +67,19 @@ class PowerNorm(BatchNorm):
         check_at_least(0, warmup_steps=warmup_steps)
         self.warmup_steps, self.warming = warmup_steps, warmup_steps > 0
         self.register_buffer("nu", torch.zeros(n_embd))
+        self.register_buffer("seen_backward", torch.zeros(3, n_embd), persistent=False)
 
     def begin_step(self, step: int, steps: int) -> None:
         self.warming = step <= self.warmup_steps
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        super().commit()
+        gamma, lam, times = self.seen_backward
+        momentum = self.momentum * (times > 0)
+        gamma, lam = gamma / times.clamp_min(1), lam / times.clamp_min(1)
+        self.nu.mul_(1 - momentum * gamma).add_(momentum * lam)
+        self.seen_backward.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         x32, psi = wide(x), self.running_var + self.eps  # ψ: a variance around a mean of 0
@@ -79,7 +91,7 @@ class PowerNorm(BatchNorm):
             if self.batch_stats or self.warming:
                 x_hat = x32 * torch.rsqrt(square + self.eps)
             else:
-                x_hat = Divide.apply(x32, psi, self.nu, self.momentum)
+                x_hat = Divide.apply(x32, psi, self.nu, self.seen_backward)
         else:
             x_hat = x32 * torch.rsqrt(psi)
         return (self.weight * x_hat + self.bias).to(x.dtype)

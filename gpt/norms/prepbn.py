@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gpt.norms.registry import register
+from gpt.norms.registry import progress, register
 from gpt.norms.repbn import RepBatchNorm
 from gpt.norms.rms import rms_norm
 
@@ -35,13 +35,11 @@ class ProgressiveRepBatchNorm(RepBatchNorm):
         self.register_buffer("fade", torch.ones(()))
 
     def begin_step(self, step: int, steps: int) -> None:
-        self.fade.fill_(max(0.0, 1 - (step - 1) / (self.fraction * steps)))
+        self.fade.fill_(max(0.0, 1 - progress(step, steps) / self.fraction))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.fade * rms_norm(x, self.rms_weight, self.eps) + (1 - self.fade) * super().forward(
-            x
-        )
-        return y.to(x.dtype)
+        rms, repbn = rms_norm(x, self.rms_weight, self.eps), super().forward(x)
+        return (self.fade * rms + (1 - self.fade) * repbn).to(x.dtype)
 
     @torch.no_grad()
     def affine(self) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]

@@ -26,6 +26,7 @@ class RegularisedBatchNorm(BatchNorm):
     Wu, Xiong, Zheng, Chen 2022, arXiv:2210.05153.
     """
 
+    defers = True
     penalty: Tensor
 
     def __init__(

@@ -13,7 +13,12 @@ What a norm may have beside `forward`, each looked for where it is used:
 
     begin_step(step, steps)  called before each training step, 1 to steps
     penalty                  a scalar tensor of the last forward, added to what is minimised
-    commit()                 called after each step: statistics seen in it become running ones
+    commit()                 puts what a step's forwards have seen into the running statistics;
+                             while `deferred` is true it is called after each step, by the trainer
+    defers                   its training reads running statistics, and so is always deferred:
+                             compiled, its backward would read them as forward has left them
+    batch_stats              in evaluation: use the batch's own statistics
+    keep_rows                while true, `rows` holds each row's mean and biased variance
     discrepancy(x)           how far x's own statistics are from the running ones
     saturation(x)            the share of x where it is nearly flat
     affine()                 in evaluation: (scale, shift), (C,) each, where it is x·scale + shift
@@ -53,7 +58,8 @@ def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
             raise ValueError(f"norm {name!r} is registered twice: {NORMS[name]} and {cls}")
         if not set(getattr(cls, "axes", "?")) <= {"B", "T", "C"}:
             raise ValueError(f"norm {name!r} does not declare axes, some of ('B', 'T', 'C')")
-        cls.evaluation_axes = getattr(cls, "evaluation_axes", cls.axes)
+        if "axes" in vars(cls) and "evaluation_axes" not in vars(cls):
+            cls.evaluation_axes = cls.axes
         cls.invariances = getattr(cls, "invariances", ())
         NORMS[name] = cls
         return cls
@@ -120,6 +126,11 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
         expected = known[key].annotation
         if not accepts(expected, value):
             raise ConfigError(f"{where}: expected {getattr(expected, '__name__', expected)}")
+        if expected is float:
+            options[key] = float(value)
+    missing = [k for k, p in known.items() if p.default is p.empty and k not in options]
+    if missing:
+        raise ConfigError(f"norm={name}: norm.{missing[0]} is not given")
     try:
         norm = cls(n_embd, **options)
     except ValueError as error:
@@ -139,6 +150,31 @@ def accepts(annotation: Any, value: Any) -> bool:
 def norms_of(module: nn.Module) -> list[Any]:
     """Every registered norm inside `module`, in order."""
     return [m for m in module.modules() if type(m) in NORMS.values()]
+
+
+def sizes(name: str, block_size: int) -> dict[str, Any]:
+    """The options of norm `name` that the model's sizes decide."""
+    takes = inspect.signature(norm_class(name)).parameters
+    return {"block_size": block_size} if "block_size" in takes else {}
+
+
+def progress(step: int, steps: int) -> float:
+    """How far training is in step 1 to steps: 0 in the first, 1 in the last."""
+    return (step - 1) / max(1, steps - 1)
+
+
+def defer(model: nn.Module, micro_batches: int) -> None:
+    """Let running statistics change once a step, where they would change within it."""
+    for norm in norms_of(model):
+        if hasattr(norm, "commit"):
+            norm.deferred = micro_batches > 1 or getattr(norm, "defers", False)
+
+
+def commit(model: nn.Module) -> None:
+    """The step is done: what deferred norms have seen becomes part of their statistics."""
+    for norm in norms_of(model):
+        if getattr(norm, "deferred", False):
+            norm.commit()
 
 
 def begin_step(model: nn.Module, step: int, steps: int) -> None:

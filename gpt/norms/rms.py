@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
         check_at_least(0, eps=eps)
         if not 0 < partial <= 1:
             raise ValueError(f"norm.partial={partial}: expected a number in (0, 1]")
-        self.eps, self.n_seen = eps, math.ceil(partial * n_embd)
+        self.eps, self.n_seen = eps, math.ceil(round(partial * n_embd, 6))
         self.weight = nn.Parameter(torch.ones(n_embd))  # γ
 
     def forward(self, x: Tensor) -> Tensor:
