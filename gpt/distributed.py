@@ -1,7 +1,7 @@
 """One run on several processes: `torchrun --nproc-per-node=2 scripts/train.py …`.
 
-Each takes an equal share of every batch, so that the run is the same whatever their number is, up to
-rounding and, where there is any, to dropout.
+Each takes an equal share of every batch, so that the run is the same whatever their number is, up
+to rounding and to dropout, where there is any.
 """
 
 from __future__ import annotations
