@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from gpt.errors import IO_ERROR, ConfigError, UserError, nearest
+from gpt.errors import IO_ERROR, ConfigError, Diverged, UserError, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRACEBACK = "GPT_TRACEBACK"  # set it to see the whole traceback of an error
@@ -45,7 +45,10 @@ def one_line_errors(job: Job) -> Job:
             return job(raw)
         except Exception as error:
             code = tell(error)
+            diverged = isinstance(error, Diverged)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if diverged:
+                return None  # a result like any other
             raise Failed(code)
         sys.exit(code)  # Hydra passes an exit on as it is
 

@@ -64,14 +64,15 @@ class Row:
     grad_norm: Tensor
 
 
-def train(cfg: Config, root: Path = Path("runs")) -> dict[str, Any]:
+def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[str, Any]:
     """Make, resume, or find finished the run that `cfg` describes; returns its summary.
 
-    Its directory is `cfg.run_dir`, or else a name under `root` that follows from `cfg`.
+    Its directory is `cfg.run_dir`, or else a name under `root` that follows from `cfg`. Diverged is
+    raised where the loss is not finite any more: that too is a result, and not tried again.
     """
     run_dir = Path(cfg.run_dir) if cfg.run_dir else root / cfg.run_name()
     with processes(cfg.device), locked(run_dir) if rank() == 0 else nullcontext():
-        screen = Screen(cfg.train.steps, quiet=rank() > 0)
+        screen = Screen(cfg.train.steps, quiet=quiet or rank() > 0)
         refuse_another_configuration(run_dir, cfg)
         data = prepare(cfg)
         if (run_dir / "DONE").exists():
@@ -98,6 +99,7 @@ def train(cfg: Config, root: Path = Path("runs")) -> dict[str, Any]:
         except Diverged:
             if rank() == 0:
                 log.summary(summarise(run, state) | {"diverged_at": state.step})
+                write_atomically(run_dir / "DONE", cfg.hash() + "\n")
             on_any_process(False)  # the first that ends has torchrun end the others
             raise
         finally:
@@ -122,6 +124,10 @@ def finished(run_dir: Path, cfg: Config, data: Data, screen: Screen) -> dict[str
     if summary["corpus_sha256"] != data.train.header.corpus_sha256:
         raise DataError(
             f"{run_dir} is finished, on another text of data={cfg.data.name}; use another run_dir"
+        )
+    if "diverged_at" in summary:
+        raise Diverged(
+            f"{run_dir} diverged at step {summary['diverged_at']} already; use another run_dir"
         )
     screen.say(f"{run_dir} is finished already", style="green")
     return summary

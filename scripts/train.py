@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from gpt import cli
 from gpt.config import register_schemas, typed
 from gpt.errors import ConfigError, nearest
+from gpt.sweep import count_cells, live_table
 
 register_schemas()
 
@@ -37,7 +38,10 @@ def main(raw: DictConfig) -> None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     if hydra_config.runtime.choices.get("sweep") and not sweeping:
         raise ConfigError("sweep=...: add -m to run its cells, or leave it out for a single run")
-    train(cfg, root=Path(hydra_config.sweep.dir if sweeping else "runs"))
+    if sweeping:  # on a terminal the sweep's own table shows how far its cells are
+        train(cfg, root=Path(hydra_config.sweep.dir), quiet=sys.stdout.isatty())
+    else:
+        train(cfg)
 
 
 def swap_norm(raw: DictConfig, overrides: list[str]) -> None:
@@ -79,9 +83,11 @@ if __name__ == "__main__":
         ]
         cli.run(main)
     else:
+        total = count_cells(sys.argv[1:])
         sys.argv.append(f"hydra.sweep.dir={folder}")
         try:
-            cli.run(main)
+            with live_table(folder, total):
+                cli.run(main)
         finally:
             from gpt.results import load_summaries, print_table
 

@@ -23,7 +23,7 @@ BASES = ["norms.layer", "norms.batch", "norms.rms"]  # that other norms build up
 NORMS = [f"norms.{p.stem}" for p in (REPO / "gpt/norms").glob("[a-z]*.py") if p.stem != "registry"]
 NORMS = [name for name in NORMS if name not in (*BASES, "norms.repbn")]
 LAYERS = [
-    ["trainer"],
+    ["trainer", "sweep"],
     ["generate", "results", "surgery", "cards"],
     ["checkpoint", "run_dir", "screen"],
     ["placement", "fold"],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from gpt.results import load_summaries, print_table
+from gpt.sweep import count_cells, progress_table
 from tests.conftest import TINY, run_program
 
 
@@ -105,3 +109,71 @@ def test_runs_are_drawn(tmp_path: Path, corpus: Path) -> None:
     result = run_program(str(folder), script="report")
     assert result.returncode == 0, result.stderr
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
+    ],
+    ids=["joblib", "submitit_local"],
+)
+def test_cells_run_in_processes_of_their_own_with_the_same_results(
+    launcher: list[str], corpus: Path, tmp_path: Path
+) -> None:
+    """And a cell that fails, or diverges, stops no other."""
+    args = ("norm=layer,dummy", "train.batch_size=2,4")
+    for folder, extra in (("one", []), ("many", launcher)):
+        (tmp_path / folder).mkdir()
+        result = sweep(corpus, *args, *extra, cwd=tmp_path / folder)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "best validation loss first" in result.stdout
+    found = [
+        {s["config_hash"]: s["val_loss"] for s in cells(tmp_path / d)} for d in ("one", "many")
+    ]
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
+
+
+def test_a_diverged_cell_is_a_result_and_is_not_run_again(corpus: Path, tmp_path: Path) -> None:
+    args = ("norm=dummy,layer", "placement=none", "optim.lr=1e30", "optim.grad_clip=0",
+            "train.steps=6")  # fmt: skip
+    result = sweep(corpus, *args, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("diverged at step") == 2
+    assert result.stdout.count("diverged at") == 2  # the table
+    again = sweep(corpus, *args, cwd=tmp_path)
+    assert again.stderr.count("already; use another run_dir") == 2
+    assert again.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "count"),
+    [
+        (["-m", "norm=layer,rms", "placement=pre,post", "seed=1"], 4),
+        (["-m", "sweep=norms"], 16),
+        (["-m", "sweep=norms", "placement=pre"], 8),
+        (["-m", "sweep=seeds"], 10),
+        (["-m", "norm=layer,rms", "hydra/sweeper=optuna"], None),
+        (["-m", "norm=glob(batch*)"], None),
+        (["-m", "norm=[layer"], None),
+    ],
+)
+def test_the_cells_of_a_sweep_are_counted(argv: list[str], count: int | None) -> None:
+    assert count_cells(argv) == count
+
+
+def test_the_live_table_follows_the_runs_files(corpus: Path, tmp_path: Path) -> None:
+    sweep(corpus, "norm=layer,rms,dummy", cwd=tmp_path)
+    folder = next((tmp_path / "runs").iterdir())
+    half = sorted(folder.glob("rms*"))[0]
+    (half / "DONE").unlink()
+    lines = (half / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (half / "metrics.jsonl").write_text("".join(lines[:2]) + '{"step": 2, "lo')  # being written
+    console = Console(width=100, file=io.StringIO())
+    console.print(progress_table(folder, 4, time.time() - 60, done_before=0.0))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2 of 4 done, 1 running, about 1 min left" in shown
+    assert "1/2" in shown
+    assert shown.index("running", 40) < shown.index("val loss")

@@ -1,0 +1,111 @@
+"""A sweep while it runs: how many cells there are, and a table of them that follows their files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from gpt.cli import CONFIGS
+from gpt.config import load_config
+from gpt.errors import UserError
+from gpt.files import read_json, read_jsonl
+
+SHOWN = 12  # lines of the table at most: what runs, then what ended last
+
+
+def count_cells(argv: list[str]) -> int | None:
+    """How many runs the command line asks for; None where that is not known beforehand."""
+    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
+    given = dict(arg.split("=", 1) for arg in overrides)
+    if "hydra/sweeper" in given:
+        return None
+    file = CONFIGS / "sweep" / f"{given.get('sweep')}.yaml"
+    params = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") if file.exists() else {}
+    grid = {**{k: f"{k}={v}" for k, v in (params or {}).items()},
+            **{arg.split("=", 1)[0]: arg for arg in overrides}}  # fmt: skip
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(grid.values()))
+        return sum(len(batch) for batch in BasicSweeper.split_arguments(parsed, None))
+    except HydraException:  # a glob, which Hydra expands; or a mistake, of which Hydra tells
+        return None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of the sweep, as its files have it. cost: tokens to train on; done: trained on."""
+
+    name: str
+    state: str
+    step: str
+    cost: float
+    done: float
+    changed: float
+
+
+def read_cell(run_dir: Path) -> Cell | None:
+    """None where the run has not begun, or its files are in the middle of being written."""
+    try:
+        cfg = load_config(run_dir / "config.yaml")
+        t = cfg.train
+        cost = float(t.steps * t.batch_size * t.grad_accum * cfg.model.block_size)
+        path = run_dir / ("DONE" if (run_dir / "DONE").exists() else "metrics.jsonl")
+        changed = path.stat().st_mtime
+        if path.name == "DONE":
+            summary = read_json(run_dir / "summary.json")
+            loss = summary.get("val_loss")
+            state = f"val loss {loss:.4f}" if loss is not None else "no loss"
+            if "diverged_at" in summary:
+                state = f"diverged at {summary['diverged_at']}"
+            return Cell(run_dir.name, state, f"{t.steps}/{t.steps}", cost, cost, changed)
+        rows = read_jsonl(path)
+        step = rows[-1]["step"] if rows else 0
+    except (OSError, UserError):
+        return None
+    return Cell(run_dir.name, "running", f"{step}/{t.steps}", cost, cost * step / t.steps, changed)
+
+
+def progress_table(folder: Path, total: int | None, started: float, done_before: float) -> Table:
+    """The cells below `folder`: running first, then the newest; how many; the time left."""
+    cells = [c for path in folder.glob("*/config.yaml") if (c := read_cell(path.parent))]
+    running = [c for c in cells if c.state == "running"]
+    ended = sorted((c for c in cells if c.state != "running"), key=lambda c: -c.changed)
+    title = f"{len(ended)} of {total or '?'} done, {len(running)} running"
+    done = sum(c.done for c in cells)
+    if cells and total and done > done_before:
+        speed = (done - done_before) / (time.time() - started)
+        cost = sum(c.cost for c in cells) * total / len(cells)  # those to come as those begun
+        title += f", about {math.ceil(max(0.0, cost - done) / speed / 60)} min left"
+    table = Table("cell", "step", "result", title=title, title_justify="left")
+    for cell in [*running, *ended][:SHOWN]:
+        table.add_row(cell.name, cell.step, cell.state)
+    return table
+
+
+@contextmanager
+def live_table(folder: Path, total: int | None) -> Iterator[None]:
+    """Inside, a terminal shows how far the sweep is, whichever processes run its cells."""
+    console = Console()
+    if not console.is_terminal:
+        yield
+        return
+    started = time.time()
+    before = sum(c.done for p in folder.glob("*/config.yaml") if (c := read_cell(p.parent)))
+    with Live(
+        get_renderable=lambda: progress_table(folder, total, started, before),
+        refresh_per_second=0.5,
+        console=console,
+        transient=True,
+    ):
+        yield
