@@ -57,10 +57,11 @@ def table() -> Table:
     """All norms that this machine can build, one a line."""
     names = [n for n in sorted(NORMS) if n != "cuda_layer" or torch.cuda.is_available()]
     milliseconds = measure(names)
-    result = Table(
-        "norm", "statistics over", "sees later tokens", "sees other samples", "parameters",
-        "bytes", "ms", "ratio to layer",
-    )  # fmt: skip
+    result = Table()
+    result.add_column("norm", no_wrap=True)
+    for heading in ("statistics over", "sees later tokens", "sees other samples", "parameters",
+                    "bytes", "ms", "ratio to layer"):  # fmt: skip
+        result.add_column(heading, overflow="fold")
     for name in names:
         cls: Any = NORMS[name]
         axes, after = "".join(cls.axes), "".join(cls.evaluation_axes)
@@ -131,7 +132,7 @@ def worked_example(name: str) -> Iterator[str]:
     one_by_one = "B" in cls.axes and "T" not in cls.axes  # three samples of a token each
     x = torch.arange(1.0, 10.0).view((3, 1, 3) if one_by_one else (1, 3, 3))
     what = "samples of one token" if one_by_one else "tokens of one sample"
-    yield f"three {what}, three features"
+    yield f"three {what}, three features" + ", one group" * hasattr(norm, "groups")
     yield from rows(x.view(3, 3))
     if cls.axes:
         dims = [DIMS[axis] for axis in cls.axes]
@@ -157,7 +158,7 @@ def worked_example(name: str) -> Iterator[str]:
 def gradients(norm: Any, y: Tensor) -> Iterator[str]:
     """γ and β are shared by all tokens: their gradients are sums over them."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if weight is None:
+    if weight is None or not y.requires_grad:
         yield "no γ and no β"
         return
     dy = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0], [2.0, 0.0, 1.0]]).view(y.shape)
@@ -166,9 +167,11 @@ def gradients(norm: Any, y: Tensor) -> Iterator[str]:
     shared = "one number a feature" if weight.numel() > 1 else "one number in all"
     yield f"{both} {shared}, shared by all tokens; with dL/dy ="
     yield from rows(dy.view(3, 3))
-    yield f"  dL/dγ = Σ dy·x̂  {numbers(weight.grad)}"
+    # Where γ and β serve only a part of the norm, as at the start of prepbn, this is not the sum.
+    whole = bias is None or torch.allclose(bias.grad, dy.sum((0, 1)))
+    yield f"  dL/dγ{' = Σ dy·x̂' * whole}  {numbers(weight.grad)}"
     if bias is not None:
-        yield f"  dL/dβ = Σ dy    {numbers(bias.grad)}"
+        yield f"  dL/dβ{' = Σ dy  ' * whole}  {numbers(bias.grad)}"
 
 
 def alone(norm: Any, x: Tensor) -> Iterator[str]:

@@ -64,6 +64,8 @@ def run(app: Callable[[], None]) -> None:
         sys.exit(failed.exit_code)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except SystemExit as exit_:  # argparse, which Hydra uses, has a code of its own for usage
+        sys.exit(UserError.exit_code if exit_.code == 2 else exit_.code)
     except Exception as error:
         sys.exit(tell(error))
 

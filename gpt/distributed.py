@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt.errors import ConfigError
+from gpt.errors import ConfigError, ProcessLost
 
 
 def world_size() -> int:
@@ -43,6 +43,12 @@ def processes(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        if "onnection" not in str(error):  # gloo's and NCCL's word for it
+            raise
+        raise ProcessLost(
+            "another process of this run is gone; the same command resumes it"
+        ) from error
     finally:
         dist.destroy_process_group()
 

@@ -36,6 +36,12 @@ class Locked(UserError):
     exit_code = 75
 
 
+class ProcessLost(UserError):
+    """Another of a run's processes has ended."""
+
+    exit_code = 74
+
+
 class ConfigError(UserError):
     """A name, type or value in the configuration is wrong."""
 

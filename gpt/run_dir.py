@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -20,13 +21,20 @@ from gpt.files import flatten
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Inside, no other process trains in `run_dir`; Locked names the one that already does."""
+    """Inside, no other process trains in `run_dir`; Locked names the one that already does.
+
+    Of a run that has not begun, because it was refused, nothing is left.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     holder = run_dir / ".holder"
     try:
         with FileLock(run_dir / ".lock", timeout=0):  # the system frees it, however a process ends
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            yield
+            try:
+                yield
+            finally:
+                if {path.name for path in run_dir.iterdir()} <= {".lock", ".holder"}:
+                    shutil.rmtree(run_dir, ignore_errors=True)
     except Timeout as error:
         by = holder.read_text() if holder.exists() else "another process"
         raise Locked(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -79,15 +80,16 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
             return finished(run_dir, cfg, data, screen)
 
         run, state = set_up(cfg, run_dir, data, screen)
+        resumed = checkpoint.restore(run_dir, state)
+        line = f"resuming {run_dir} at step {state.step}" if resumed else ""
+        if cfg.init["from"] and not resumed:
+            line = transplant(run.model, cfg, data.train.header.fingerprint)
         if rank() == 0:
             save_config(cfg, run_dir / "config.yaml")
             save_tokenizer(run.data.tokenizer, run_dir / "tokenizer.json")
-        resumed = checkpoint.restore(run_dir, state)
         introduce(run)
-        if resumed:
-            screen.say(f"resuming {run_dir} at step {state.step}", style="green")
-        elif cfg.init["from"]:
-            screen.say(transplant(run.model, cfg, data.train.header.fingerprint))
+        if line:
+            screen.say(line, style="green")
         log = RunLog(run_dir, cfg, keep_until=state.step if resumed else -1)
         try:
             run_steps(run, state, log)
@@ -185,7 +187,9 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
     bytes_of = torch.tensor(token_bytes(run.data.tokenizer), device=device)
     model: nn.Module = run.model
     if world_size() > 1:
-        model = DistributedDataParallel(model, broadcast_buffers=False)
+        with warnings.catch_warnings():  # torch 2.13 has another name for it, 2.11 has not
+            warnings.simplefilter("ignore", FutureWarning)
+            model = DistributedDataParallel(model, broadcast_buffers=False)
     compiled = model
     if cfg.compile:
         torch.compiler.reset()  # what other cells of a sweep have compiled

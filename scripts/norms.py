@@ -35,6 +35,8 @@ def main() -> None:
         print("\n".join(cards.card(args.name)))
     else:
         console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, 120)  # a file or a pipe need not cut names short
         console.print(cards.table())
 
 

@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 
 from gpt import cli
-from gpt.errors import MissingInput
+from gpt.errors import MissingInput, UserError
 from gpt.results import draw_curves, load_summaries, print_table
 
 
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__, file=sys.stderr)
-        sys.exit(64)
+        raise UserError("expected one folder of runs: python scripts/report.py runs/norms")
     folder = Path(sys.argv[1])
     summaries = load_summaries(folder)
     if not summaries:

@@ -51,9 +51,13 @@ def swap_norm(raw: DictConfig, overrides: list[str]) -> None:
     if name not in options:
         expected = f"expected one of {', '.join(options)}{nearest(name, options)}"
         raise ConfigError(f"init.swap_norm={name}: {expected}")
-    if any(override.startswith(("norm=", "norm.")) for override in overrides):
+    keys = [override.lstrip("+").split("=")[0] for override in overrides]
+    if "norm" in keys:
         raise ConfigError(f"init.swap_norm={name} says which norm: leave out norm=… beside it")
+    given = {k: raw.norm[k[5:]] for k in keys if k.startswith("norm.")}
     raw.norm = OmegaConf.load(cli.CONFIGS / "norm" / f"{name}.yaml")
+    for key, value in given.items():
+        OmegaConf.update(raw, key, value, force_add=True)
 
 
 def sweep_dir(argv: list[str]) -> Path | None:
@@ -73,9 +77,13 @@ def sweep_dir(argv: list[str]) -> Path | None:
 
 
 if __name__ == "__main__":
-    # A norm's yaml has no `module` but `norm=module`'s: it may be added to any.
-    own = [cli.literal(arg, "norm.module") for arg in sys.argv[1:]]
-    sys.argv[1:] = [f"++{arg}" if arg.startswith("norm.module=") else arg for arg in own]
+    args = [cli.literal(arg, "norm.module") for arg in sys.argv[1:]]
+    multirun = {"-m", "--multirun"} & set(args)
+    # Of these norms Hydra does not know the options: they may be added to what the yaml has.
+    of_another = "norm=module" in args or any(a.startswith("init.swap_norm=") for a in args)
+    added = ("norm.",) if of_another else ("norm.module=",)
+    args = [f"++{arg}" if arg.startswith(added) else arg for arg in args if arg not in multirun]
+    sys.argv[1:] = [*multirun, *args]  # argparse wants the flag first
     folder = sweep_dir(sys.argv[1:])
     if folder is None:
         sys.argv[1:] = [

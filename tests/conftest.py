@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 
 import gpt.norms  # noqa: F401
 from gpt.config import Config, register_schemas, typed
+from gpt.errors import UserError
 from gpt.norms.registry import NORMS, load_module, norm_class
 
 BUILDABLE = [n for n in NORMS if n != "cuda_layer" or torch.cuda.is_available()]
@@ -50,10 +51,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--norm-module"):
-        load_module(config.getoption("--norm-module"))
-    if config.getoption("--norm"):
-        norm_class(config.getoption("--norm"))  # or the error that names the nearest
+    try:
+        if config.getoption("--norm-module"):
+            load_module(config.getoption("--norm-module"))
+        if config.getoption("--norm"):
+            norm_class(config.getoption("--norm"))
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

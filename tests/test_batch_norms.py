@@ -286,11 +286,13 @@ def test_going_on_with_the_same_norm_starts_where_the_run_ended(
 
 def test_norms_are_taken_away_by_a_schedule(source: Path, corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    result = transplanted(source, corpus, run_dir, "init.swap_norm=anneal", "train.steps=20")
+    options = ["init.swap_norm=anneal", "norm.end=0.9", "train.steps=20"]
+    result = transplanted(source, corpus, run_dir, *options)
     assert result.returncode == 0, result.stderr
     rows = read_rows(run_dir)
     assert rows[0]["val_loss"] == pytest.approx(read_rows(source)[-1]["val_loss"], rel=1e-5)
     model = load_model(run_dir)
+    assert all(norm.end == 0.9 for norm in norms_of(model))
     assert all(norm.fade == 1 for norm in norms_of(model))
     assert rows[-1]["val_loss"] < read_rows(source)[0]["val_loss"]
     from gpt.tokenizer import load_tokenizer
@@ -307,7 +309,8 @@ def test_norms_are_taken_away_by_a_schedule(source: Path, corpus: Path, tmp_path
         (["placement=post"], "it has placement.name=pre; say so here too"),
         (["tokenizer=bpe"], "its tokens are others"),
         (["init.swap_norm=rmz"], "init.swap_norm=rmz: expected one of"),
-        (["init.swap_norm=rms", "norm.eps=1e-3"], "leave out norm=… beside it"),
+        (["init.swap_norm=rms", "norm=rms"], "leave out norm=… beside it"),
+        (["init.swap_norm=rms", "norm.epz=1e-3"], "did you mean 'eps'"),
     ],
 )
 def test_what_does_not_fit_is_refused(

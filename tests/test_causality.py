@@ -132,7 +132,7 @@ def test_a_norm_of_one_s_own_runs_from_the_command_line_and_its_leak_is_found(
 
     sample = run_program("run_dir=run", "max_new_tokens=3", script="sample", cwd=tmp_path)
     assert sample.returncode == 78  # a run directory's configuration runs no code
-    assert "norm=mine: is registered by my_norms.py; add norm_module=my_norms.py" in sample.stderr
+    assert "norm=mine: my_norms.py registers it; add norm_module=my_norms.py" in sample.stderr
     sample = run_program("run_dir=run", "max_new_tokens=3", "norm_module=my_norms.py",
                          script="sample", cwd=tmp_path)  # fmt: skip
     assert sample.returncode == 0, sample.stderr
@@ -142,6 +142,62 @@ def test_a_norm_of_one_s_own_runs_from_the_command_line_and_its_leak_is_found(
     missing = run_program(*args, "norm.module=her_norms.py", cwd=tmp_path)
     assert missing.returncode == 66
     assert missing.stderr == "error: norm.module=her_norms.py: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "def forward(self, x): return x.nrm()",
+            "AttributeError: 'Tensor' object has no attribute",
+        ),
+        ("def forward(self, x): return None", "its forward gave NoneType; expected a tensor of"),
+        ("def forward(self, x): return x[:1]", "its forward gave (1, 2, 8); expected a tensor of"),
+    ],
+)
+def test_a_broken_norm_of_one_s_own_is_one_line(code: str, message: str, tmp_path: Path) -> None:
+    own = OWN[: OWN.index("    def forward")] + f"    {code}\n"
+    (tmp_path / "broken.py").write_text(own)
+    args = ["norm=module", "norm.module=broken.py", "norm.name=mine", "model.n_embd=8",
+            "model.n_head=1", "tokenizer=bytes", "run_dir=run"]  # fmt: skip
+    result = run_program(*args, cwd=tmp_path)
+    assert result.returncode == 78
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()  # it never began
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "message"),
+    [
+        (OWN, "mein", "registers mine"),
+        ("", "mine", "registers no norm"),
+        ("raise SystemExit(3)", "mine", "SystemExit: 3"),
+        ("def", "mine", "SyntaxError"),
+    ],
+)
+def test_a_file_that_does_not_register_the_norm_is_one_line(
+    code: str, name: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(code)
+    args = ["norm=module", "norm.module=own.py", f"norm.name={name}", "tokenizer=bytes"]
+    result = run_program(*args, cwd=tmp_path)
+    assert result.returncode == 78
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_pytest_s_options_are_refused_in_one_line() -> None:
+    import subprocess
+    import sys
+
+    from tests.conftest import REPO
+
+    for option in (["--norm", "layr"], ["--norm-module", "nowhere.py"]):
+        command = [sys.executable, "-m", "pytest", "-n0", *option]
+        result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+        assert result.returncode == 4
+        assert "INTERNALERROR" not in result.stderr + result.stdout
 
 
 def test_the_suite_runs_for_one_s_own_norm_and_finds_its_lie(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,30 @@ def test_two_processes_resume_to_the_bit(corpus: Path, tmp_path: Path) -> None:
     assert "resuming" in result.stdout
     assert (run_dir / "checkpoints/step_6/model.safetensors").read_bytes() == whole
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 6
+
+
+def test_a_process_that_dies_ends_the_others_in_one_line(corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = overrides("data=text", f"data.path={corpus}", "train.steps=100000", f"run_dir={run_dir}")
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    with subprocess.Popen(
+        [sys.executable, *launch, str(REPO / "scripts/train.py"), *args], cwd=REPO, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        deadline = time.time() + 60
+        while time.time() < deadline and not (
+            (run_dir / "metrics.jsonl").exists() and len(read_rows(run_dir)) > 20
+        ):
+            time.sleep(0.2)
+        workers = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        stderr = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert "error: another process of this run is gone; the same command resumes it" in stderr
+    assert "Traceback" not in stderr
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(corpus: Path, tmp_path: Path) -> None:

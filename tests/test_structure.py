@@ -12,11 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from omegaconf import OmegaConf
 
-from gpt.errors import ConfigError
-from tests.conftest import REPO
+from tests.conftest import REPO, overrides, run_program
 
 # Each line may import from the lines below it only, and not from its own.
 BASES = ["norms.layer", "norms.batch", "norms.rms"]  # that other norms build upon
@@ -106,21 +103,22 @@ def test_the_readme_has_no_gap() -> None:
     assert all((REPO / link).exists() for link in links)
 
 
-def test_the_norm_that_the_readme_adds_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpt.norms import registry
-    from tests.conftest import make_config
-
-    readme = (REPO / "README.md").read_text()
-    blocks = re.findall(r"```(python|yaml)\n(.*?)```", readme, re.DOTALL)
-    monkeypatch.setattr(registry, "NORMS", dict(registry.NORMS))
-    exec(next(code for kind, code in blocks if kind == "python"), {"__name__": "length"})
-    options = OmegaConf.create(next(code for kind, code in blocks if kind == "yaml"))
-    x = torch.randn(2, 3, 8)
-    y = registry.build_norm(n_embd=8, **options)(x)
-    torch.testing.assert_close(y.norm(dim=-1), torch.full((2, 3), 8**0.5))
-    with pytest.raises(ConfigError, match="did you mean 'eps'"):
-        registry.build_norm("length", 8, epz=1)
-    assert make_config("data=pydoc")  # the configuration still composes
+def test_the_norm_that_the_readme_adds_passes_the_suite_and_trains(
+    tmp_path: Path, corpus: Path
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    own = tmp_path / "my_norms.py"
+    own.write_text(blocks[0])
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
+    command += ["--norm-module", str(own), "--norm", "length", "tests/test_conformance.py"]
+    suite = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert suite.returncode == 0, suite.stdout
+    assert "passed" in suite.stdout
+    args = ["norm=module", f"norm.module={own}", "norm.name=length", "norm.eps=1e-3", "data=text"]
+    result = run_program(*overrides(*args, f"data.path={corpus}", f"run_dir={tmp_path}/run"))
+    assert result.returncode == 0, result.stderr
+    card = run_program("length", "--module", str(own), script="norms")
+    assert "length: LengthNorm" in card.stdout
 
 
 TINY = ["model.n_layer=1", "model.n_head=1", "model.n_embd=16", "model.block_size=16",

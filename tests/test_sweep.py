@@ -95,6 +95,21 @@ def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
     assert result.stderr == f"error: {tmp_path}: no finished run below it\n"
 
 
+def test_the_flag_may_stand_anywhere(corpus: Path, tmp_path: Path) -> None:
+    fixed = {**TINY, "data": "text", "data.path": str(corpus), "train.steps": 1}
+    result = run_program(
+        *(f"{k}={v}" for k, v in fixed.items()), "-m", "norm=layer,rms", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(cells(tmp_path / "runs")) == 2
+
+
+def test_wrong_usage_ends_with_64(tmp_path: Path) -> None:
+    assert run_program("--foo", cwd=tmp_path).returncode == 64
+    assert run_program(script="report", cwd=tmp_path).returncode == 64
+    assert run_program("--compare", "layer", script="norms").returncode == 64
+
+
 @pytest.mark.parametrize("override", ["norm=layr", "train.batch_size=-1"])
 def test_a_sweep_that_cannot_start_is_one_line_too(override: str, tmp_path: Path) -> None:
     result = run_program("-m", override, cwd=tmp_path)

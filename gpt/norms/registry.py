@@ -32,6 +32,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_args
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 from gpt.errors import ConfigError, MissingInput, nearest
 
 NORMS: dict[str, type[nn.Module]] = {}
+USER = "gpt_norms_user_"  # what the names of modules begin with that `load_module` has run
 
 
 def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
@@ -56,7 +58,8 @@ def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     def decorate(cls: Any) -> Any:
         if name in NORMS:
             raise ValueError(f"norm {name!r} is registered twice: {NORMS[name]} and {cls}")
-        if not set(getattr(cls, "axes", "?")) <= {"B", "T", "C"}:
+        axes = getattr(cls, "axes", None)
+        if not isinstance(axes, tuple) or not set(axes) <= {"B", "T", "C"}:
             raise ValueError(f"norm {name!r} does not declare axes, some of ('B', 'T', 'C')")
         if "axes" in vars(cls) and "evaluation_axes" not in vars(cls):
             cls.evaluation_axes = cls.axes
@@ -82,7 +85,7 @@ def load_module(path: str) -> None:
     Only a path that was given on the command line gets here.
     """
     file = Path(path).resolve()
-    name = f"gpt_norms_user_{file.stem}"
+    name = USER + file.stem
     if not file.is_file():
         raise MissingInput(f"norm.module={path}: no such file")
     if getattr(sys.modules.get(name), "__file__", None) == str(file):
@@ -93,7 +96,7 @@ def load_module(path: str) -> None:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"norm.module={path}: {type(error).__name__}: {error}") from error
     sys.modules[name] = module
 
@@ -112,12 +115,15 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
             where the command line names it
     """
     if module is not None and name not in NORMS:
-        raise ConfigError(f"norm={name}: is registered by {module}; add norm_module={module}")
+        if USER + Path(module).stem not in sys.modules:
+            raise ConfigError(f"norm={name}: {module} registers it; add norm_module={module}")
+        own = [n for n, cls in NORMS.items() if cls.__module__ == USER + Path(module).stem]
+        raise ConfigError(f"norm={name}: {module} registers {', '.join(own) or 'no norm'}")
     cls = norm_class(name)
     parameters = inspect.signature(cls, eval_str=True).parameters
     known = {k: p for k, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
     for key, value in options.items():
-        where = f"configs/norm/{name}.yaml: norm.{key}={value}"
+        where = f"norm.{key}={value}"
         if key not in known:
             raise ConfigError(
                 f"{where}: norm {name!r} takes {', '.join(known) or 'no options'}"
@@ -133,10 +139,26 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
         raise ConfigError(f"norm={name}: norm.{missing[0]} is not given")
     try:
         norm = cls(n_embd, **options)
+        if cls.__module__.startswith(USER):
+            try_out(norm, n_embd)
     except ValueError as error:
-        raise ConfigError(f"configs/norm/{name}.yaml: {error}") from error
+        raise ConfigError(f"norm={name}: {error}") from error
+    except Exception as error:
+        if not cls.__module__.startswith(USER):
+            raise
+        where = f"{sys.modules[cls.__module__].__file__}: norm {name!r}"
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
     norm.started = {key: p.detach().clone() for key, p in norm.named_parameters()}
     return norm
+
+
+def try_out(norm: nn.Module, n_embd: int) -> None:
+    """TypeError where a norm of the user's does not give back what it was given."""
+    x = torch.randn(2, 2, n_embd)
+    y = deepcopy(norm)(x)
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"its forward gave {got}; expected a tensor of {tuple(x.shape)}")
 
 
 def accepts(annotation: Any, value: Any) -> bool:
