@@ -30,8 +30,8 @@ LAYERS = [
     BASES,
     ["norms.registry", "kernels.layer_norm", "tokenizer", "corpus", "cli"],
     ["config"],
-    ["files", "kernels.nvrtc"],
-    ["errors", "seeds", "formula", "distributed"],
+    ["files", "kernels.nvrtc", "distributed"],
+    ["errors", "seeds", "formula"],
     ["__init__", "kernels.__init__"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
