@@ -13,8 +13,8 @@ from gpt.norms.registry import check_at_least, progress, register, wide
 class AnnealedLayerNorm(nn.Module):
     """y = γ (x − μ) ((1 − λ)/σ + λ/σ̄) + β, λ from 0 to 1 by a straight line.  (B, T, C) → (B, T, C)
 
-    σ = √(biased variance over C + ε); σ̄ is its mean over tokens, running until `start` and constant
-    from there on. At λ = 1 what is left is linear: a model without norms.
+    σ = √(biased variance over C + ε); σ̄ is its mean over tokens, running until λ is 1 and constant
+    from there on: what is left then is linear, a model without norms.
 
     n_embd    C
     eps       ε > 0
@@ -66,7 +66,7 @@ class AnnealedLayerNorm(nn.Module):
     @torch.no_grad()
     def commit(self) -> None:
         total, count = self.seen
-        due = (self.fade == 0) * (count > 0)
+        due = (self.fade < 1) * (count > 0)
         weight = (1 / (self.updates + 1)).clamp_min(self.momentum)  # the first is taken whole
         self.running_std += due * weight * (total / count.clamp_min(1) - self.running_std)
         self.updates += due
