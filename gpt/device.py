@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
 
 from gpt.errors import MissingInput
 
@@ -19,6 +26,16 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in available or (device.index or 0) >= count:
         raise MissingInput(f"device={name}: not on this machine; it has {', '.join(available)}")
     return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on CUDA; else the process's largest size so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def precision(device: torch.device, dtype: str) -> str:

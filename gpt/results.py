@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
-from gpt.config import load_config
 from gpt.files import flatten, read_json, read_jsonl
 
 
-def load_summaries(folder: Path) -> list[dict[str, Any]]:
-    """The summaries of all runs below `folder`, best validation loss first.
+def load_summaries(*folders: Path) -> list[dict[str, Any]]:
+    """The summaries of all runs below `folders`, best validation loss first.
 
     Last come runs that diverged, and before them those whose evaluation sees the future: their
     validation loss is not a result.
     """
     summaries = [
         read_json(path) | {"run_dir": str(path.parent)}
+        for folder in folders
         for path in sorted(folder.rglob("summary.json"))
     ]
 
@@ -49,12 +50,17 @@ def print_table(summaries: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+@cache
+def read_config(run_dir: str) -> dict[str, Any]:
+    """A run's configuration, its keys dotted; empty where there is none. Fast, for many runs."""
+    path = Path(run_dir) / "config.yaml"
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return flatten(yaml.load(path.read_bytes(), loader), ".") if path.exists() else {}
+
+
 def distinguish(summaries: list[dict[str, Any]]) -> list[str]:
     """A label for each run: norm, placement, batch size, seed, and any other key that differs."""
-    configs = []
-    for s in summaries:
-        path = Path(s["run_dir"]) / "config.yaml"
-        configs.append(flatten(asdict(load_config(path)), ".") if path.exists() else {})
+    configs = [read_config(s["run_dir"]) for s in summaries]
     named = {"norm.name", "placement.name", "train.batch_size", "seed", "run_dir"}
     labels = []
     for s, config in zip(summaries, configs, strict=True):

@@ -21,7 +21,7 @@ from gpt.causality import Sight, probe, refuse_leaks
 from gpt.checkpoint import TrainState
 from gpt.config import Config, save_config
 from gpt.data import Data, TrainBatches, ValBatches, prepare
-from gpt.device import autocast, make_deterministic, precision, resolve_device
+from gpt.device import autocast, make_deterministic, peak_memory, precision, resolve_device
 from gpt.distributed import mean_over_processes, on_any_process, processes, rank, world_size
 from gpt.errors import ConfigError, DataError, Diverged
 from gpt.files import read_json, read_jsonl, write_atomically
@@ -416,6 +416,7 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
         "tokenizer": run.data.tokenizer.name,
         "config_hash": cfg.hash(),
         "torch": torch.__version__,
+        "peak_memory": peak_memory(run.device),
         "device": str(run.device),
         "run_dir": str(run.dir),
     }

@@ -1,7 +1,7 @@
-"""The runs below a folder side by side: python scripts/report.py runs/norms
+"""Runs as a page: python scripts/report.py runs/norms, or several folders, such as two runs.
 
-Prints their table and draws `loss.png` there: validation loss by step, one panel for each
-placement and batch size, one line for each norm.
+Writes into the first folder, and prints the table: `report.html` (one file, works offline),
+`table.csv`, `table.md`, and `loss.png`, validation loss by step.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from gpt.results import draw_curves, load_summaries, print_table
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise UserError("expected one folder of runs: python scripts/report.py runs/norms")
-    folder = Path(sys.argv[1])
-    summaries = load_summaries(folder)
+    folders = [Path(arg) for arg in sys.argv[1:]]
+    if not folders or any(arg.startswith("-") for arg in sys.argv[1:]):
+        raise UserError("expected folders of runs: python scripts/report.py runs/norms")
+    summaries = load_summaries(*folders)
     if not summaries:
-        raise MissingInput(f"{folder}: no finished run below it")
+        raise MissingInput(f"{folders[0]}: no finished run below it")
+    from gpt.report import write  # plotly and scipy take a second
+
     print_table(summaries)
-    draw_curves(summaries, folder / "loss.png")
-    print(folder / "loss.png")
+    draw_curves(summaries, folders[0] / "loss.png")
+    title = " and ".join(str(folder) for folder in folders)
+    for path in [*write(summaries, folders[0], title), folders[0] / "loss.png"]:
+        print(path)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ NORMS = [f"norms.{p.stem}" for p in (REPO / "gpt/norms").glob("[a-z]*.py") if p.
 NORMS = [name for name in NORMS if name not in (*BASES, "norms.repbn")]
 LAYERS = [
     ["trainer", "sweep"],
-    ["generate", "results", "surgery", "cards"],
-    ["checkpoint", "run_dir", "screen"],
+    ["report", "generate", "surgery", "cards"],
+    ["checkpoint", "run_dir", "screen", "results"],
     ["placement", "fold"],
     ["model", "norms.__init__"],
     [*NORMS, "data", "optim", "stats", "causality", "logger", "device"],

@@ -1,0 +1,338 @@
+"""A folder of runs as one page: what the numbers show, and what they do not.
+
+Runs that differ in their seed alone are one cell. Intervals are 95%, Student's t over seeds;
+differences are paired by seed: the same initial weights and the same batches.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from scipy.stats import t as student
+
+from gpt.files import read_jsonl
+from gpt.results import distinguish, read_config
+
+Summary = dict[str, Any]
+BASELINE = "layer"
+MANY = 40  # cells with curves and heat maps of their own; tables and intervals have them all
+# What the heat maps show: group, key, and whether its scale is logarithmic.
+STATISTICS = (
+    ("residual", "after/rms", True),
+    ("residual", "after/kurtosis", True),
+    ("residual", "after/outliers", True),
+    ("residual", "angle", False),
+    ("residual", "grad_norm", True),
+    ("branches", "ratio", True),
+    ("attention", "max_logit", False),
+    ("attention", "entropy", False),
+    ("layers", "update_norm", True),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs that differ in their seed alone. context: what its baseline shares with it."""
+
+    label: str
+    context: str
+    norm: str
+    runs: list[Summary]
+
+    @property
+    def leaky(self) -> bool:
+        """Whether evaluation sees what it must not: its losses are no results."""
+        return any(run["sees_in_evaluation"] for run in self.runs)
+
+    def losses(self) -> dict[int, float]:
+        """Validation loss by seed, of runs that came to an end."""
+        good = [r for r in self.runs if "diverged_at" not in r and r["val_loss"] is not None]
+        return {r["seed"]: r["val_loss"] for r in good}
+
+
+def make_cells(summaries: list[Summary]) -> list[Cell]:
+    labels = distinguish(summaries)
+    grouped: dict[str, list[Summary]] = {}
+    for summary, label in zip(summaries, labels, strict=True):
+        grouped.setdefault(label.replace(f"-s{summary['seed']}", "", 1), []).append(summary)
+    return [
+        # What belongs to a norm's own options is no part of the context.
+        Cell(label, " ".join(w for w in label.removeprefix(f"{runs[0]['norm']}-").split()
+                             if not w.startswith("norm.")), runs[0]["norm"], runs)
+        for label, runs in grouped.items()
+    ]  # fmt: skip
+
+
+def interval(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and half the width of its 95% interval; None for a single value."""
+    xs = list(values)
+    mean = math.fsum(xs) / len(xs)
+    if len(xs) < 2:
+        return mean, None
+    variance = math.fsum((x - mean) ** 2 for x in xs) / (len(xs) - 1)
+    return mean, float(student.ppf(0.975, len(xs) - 1)) * math.sqrt(variance / len(xs))
+
+
+def difference(cell: Cell, cells: list[Cell]) -> tuple[float, float | None, int] | None:
+    """Validation loss minus the baseline's at the same seeds: mean, half width, number of pairs."""
+    other = next((c for c in cells if c.norm == BASELINE and c.context == cell.context), None)
+    if other is None or other is cell:
+        return None
+    ours, theirs = cell.losses(), other.losses()
+    pairs = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    return (*interval(pairs), len(pairs)) if pairs else None
+
+
+def show(value: float, half: float | None, digits: int = 4, sign: str = "") -> str:
+    text = f"{value:{sign}.{digits}f}"
+    return text if half is None else f"{text} ± {half:.{digits}f}"
+
+
+def table(cells: list[Cell]) -> list[dict[str, str]]:
+    """One row a cell, best first; what is not a result comes last."""
+    rows = []
+    for cell in cells:
+        first, losses = cell.runs[0], cell.losses()
+        row = {"cell": cell.label, "seeds": str(len(cell.runs))}
+        diverged = [r for r in cell.runs if "diverged_at" in r]
+        row["val loss"] = show(*interval(losses.values())) if losses else ""
+        if diverged:
+            steps = ", ".join(str(r["diverged_at"]) for r in diverged)
+            row["val loss"] += f" ({len(diverged)} diverged at step {steps})".replace("  ", " ")
+        bpb = [r["val_bpb"] for r in cell.runs if r["seed"] in losses]
+        row["bits/byte"] = show(*interval(bpb)) if bpb else ""
+        paired = difference(cell, cells)
+        row[f"minus {BASELINE}"] = show(*paired[:2], sign="+") if paired else ""
+        row["tokens/s"] = f"{interval(r['tokens_per_s'] for r in cell.runs)[0]:,.0f}"
+        row["peak memory"] = f"{first['peak_memory'] / 2**20:,.0f} MiB"
+        row["parameters"] = f"{first['params']:,}"
+        row["sees in training"] = " and ".join(first["sees_in_training"]) or "its past"
+        row["sees in evaluation"] = " and ".join(first["sees_in_evaluation"]) or "its past"
+        rows.append((bool(first["sees_in_evaluation"]), not losses,
+                     interval(losses.values())[0] if losses else 0.0, row))  # fmt: skip
+    return [row for *_, row in sorted(rows, key=lambda r: r[:3])]
+
+
+def plain_words(cells: list[Cell]) -> list[str]:
+    """What the numbers show and what they do not, in sentences."""
+    lines = []
+    results = [c for c in cells if c.losses() and not c.leaky]
+    if results:
+        best = min(results, key=lambda c: interval(c.losses().values())[0])
+        lowest = show(*interval(best.losses().values()))
+        lines.append(f"The lowest validation loss is {best.label}'s: {lowest} nats a token.")
+    for cell in cells:
+        paired = difference(cell, cells)
+        if not paired or cell.leaky:
+            continue
+        mean, half, pairs = paired
+        where = f"{cell.label} against {BASELINE}: {show(mean, half, sign='+')} nats"
+        if half is None:
+            lines.append(f"{where}, of one seed: it may be chance.")
+        elif abs(mean) > half:
+            lines.append(
+                f"{where} over {pairs} seeds: {'worse' if mean > 0 else 'better'} beyond chance."
+            )
+        else:
+            lines.append(f"{where} over {pairs} seeds: no difference that these seeds can tell.")
+    for cell in cells:
+        diverged = [r for r in cell.runs if "diverged_at" in r]
+        if diverged:
+            lines.append(f"{cell.label}: {len(diverged)} of {len(cell.runs)} runs diverged.")
+    leaky = [c.label for c in cells if c.leaky]
+    if leaky:
+        lines.append(f"No result, for evaluation sees what it must not: {', '.join(leaky)}.")
+    texts = sorted({f"{r['corpus']} ({r['corpus_sha256'][:8]})" for c in cells for r in c.runs})
+    lines.append(
+        f"All this is on {' and '.join(texts)}, for models of these sizes, trained for so many "
+        "steps at these learning rates; each interval is for one comparison, and among twenty one "
+        "may miss. Training losses of runs that see others are not compared at all."
+    )
+    return lines
+
+
+def figure_losses(cells: list[Cell]) -> go.Figure:
+    """Final validation loss, a panel for each context, a point a norm, with its interval."""
+    shown = [c for c in cells if c.losses() and not c.leaky]
+    figure = go.Figure()
+    for norm in sorted({c.norm for c in shown}):
+        mine = [(c.context, *interval(c.losses().values())) for c in shown if c.norm == norm]
+        contexts, means, halves = zip(*mine, strict=True)
+        bars = {"array": [half or 0.0 for half in halves]}
+        figure.add_scatter(x=contexts, y=means, error_y=bars, mode="markers", name=norm)
+    figure.update_xaxes(categoryorder="array", categoryarray=sorted({c.context for c in shown}))
+    figure.update_traces(marker_size=9)
+    if shown:
+        values = [loss for c in shown for loss in c.losses().values()]
+        margin = 0.1 * (max(values) - min(values)) + 0.01
+        figure.update_yaxes(range=[min(values) - margin, max(values) + margin])
+    title = "Final validation loss, 95% intervals over seeds"
+    figure.update_layout(title=title, scattermode="group", yaxis_title="nats a token")
+    return figure
+
+
+def figure_curves(cells: list[Cell]) -> go.Figure:
+    """Validation loss by step, every run; runs of one cell share a colour."""
+    figure = go.Figure()
+    for i, cell in enumerate(cells[:MANY]):
+        for j, run in enumerate(cell.runs):
+            rows = read_jsonl(Path(run["run_dir"]) / "metrics.jsonl")
+            points = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
+            color = f"hsl({360 * i / min(MANY, len(cells)):.0f} 65% 45%)"
+            figure.add_scatter(
+                x=[x for x, _ in points],
+                y=[y for _, y in points],
+                mode="lines",
+                name=cell.label + " (leaky)" * cell.leaky,
+                legendgroup=cell.label,
+                showlegend=j == 0,
+                line={"color": color},
+            )
+    title = "Validation loss by step"
+    figure.update_layout(title=title, xaxis_title="step", yaxis_title="nats a token")
+    return figure
+
+
+def figure_lr(cells: list[Cell]) -> go.Figure | None:
+    """Validation loss by learning rate, where there are several: how much each norm minds it."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for cell in cells:
+        config = read_config(cell.runs[0]["run_dir"])
+        rest = " ".join(w for w in cell.label.split() if not w.startswith("optim.lr="))
+        if cell.losses() and not cell.leaky and "optim.lr" in config:
+            mean, half = interval(cell.losses().values())
+            lines.setdefault(rest, []).append((float(config["optim.lr"]), mean, half or 0.0))
+    if not any(len(points) > 1 for points in lines.values()):
+        return None
+    figure = go.Figure()
+    for name, points in lines.items():
+        xs, ys, errors = zip(*sorted(points), strict=True)
+        figure.add_scatter(x=xs, y=ys, error_y={"array": errors}, name=name)
+    figure.update_xaxes(type="log")
+    title = "Final validation loss by peak learning rate"
+    figure.update_layout(title=title, xaxis_title="optim.lr", yaxis_title="nats a token")
+    return figure
+
+
+def figures_depth(cells: list[Cell]) -> list[go.Figure]:
+    """For each statistic a depth × step map of every cell's first run, chosen in a menu."""
+    stats = [(c, read_jsonl(Path(c.runs[0]["run_dir"]) / "stats.jsonl")) for c in cells[:MANY]]
+    stats = [(cell, rows) for cell, rows in stats if rows]
+    figures = []
+    for group, key, logarithmic in STATISTICS:
+        figure = go.Figure()
+        for cell, rows in stats:
+            depths = [d for d in rows[0].get(group, {}) if look(rows[0][group][d], key) is not None]
+            values = [[look(row[group].get(d, {}), key) for row in rows] for d in depths]
+            z = [[scaled(v, logarithmic) for v in line] for line in values]
+            figure.add_heatmap(z=z, x=[row["step"] for row in rows], y=depths, name=cell.label,
+                               visible=not figure.data, colorscale="Viridis")  # fmt: skip
+        if not any(trace.y for trace in figure.data):
+            continue
+        name = f"{group}: {key.removeprefix('after/')}" + " (log₁₀)" * logarithmic
+        figure.update_layout(title=name, xaxis_title="step", updatemenus=[menu(stats)])
+        figures.append(figure)
+    return figures
+
+
+def menu(stats: list[tuple[Cell, Any]]) -> dict[str, Any]:
+    """A choice of one cell's map."""
+    buttons = [
+        {
+            "label": cell.label,
+            "method": "update",
+            "args": [{"visible": [i == j for j in range(len(stats))]}],
+        }
+        for i, (cell, _) in enumerate(stats)
+    ]
+    return {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.25}
+
+
+def look(entry: dict[str, Any], key: str) -> float | None:
+    value: Any = entry
+    for part in key.split("/"):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def scaled(value: float | None, logarithmic: bool) -> float | None:
+    if value is None or not logarithmic:
+        return value
+    return math.log10(value) if value > 0 else None
+
+
+def differing(summaries: list[Summary]) -> tuple[list[str], list[list[str]], dict[str, Any]]:
+    """The keys that are not the same in all runs, their values by run, and what is the same."""
+    configs = [read_config(s["run_dir"]) for s in summaries]
+    keys = sorted({key for config in configs for key in config} - {"run_dir"})
+    values = {key: [config.get(key, "–") for config in configs] for key in keys}
+    varied = [key for key in keys if any(v != values[key][0] for v in values[key])]
+    rows = [[str(values[key][i]) for key in varied] for i in range(len(configs))]
+    return varied, rows, {key: values[key][0] for key in keys if key not in varied}
+
+
+def to_csv(rows: list[dict[str, str]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def to_markdown(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def to_html(head: list[str], rows: list[list[str]]) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    return f"<table>{row(head, 'th')}{''.join(row(r, 'td') for r in rows)}</table>"
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
+th, td { border-bottom: 1px solid #ddd; padding: .3em .7em; text-align: left; white-space: nowrap }
+"""
+
+
+def write(summaries: list[Summary], folder: Path, title: str) -> list[Path]:
+    """`report.html`, which needs nothing but itself; its table as `table.csv`, `table.md`."""
+    cells = make_cells(summaries)
+    rows = table(cells)
+    draw: list[Callable[[list[Cell]], go.Figure | None]] = [figure_losses, figure_curves, figure_lr]
+    figures = [f for make in draw if (f := make(cells)) is not None] + figures_depth(cells)
+    for figure in figures:
+        figure.update_layout(template="plotly_white", height=460)
+    plots = [
+        f.to_html(full_html=False, include_plotlyjs="inline" if i == 0 else False)
+        for i, f in enumerate(figures)
+    ]
+    varied, values, same = differing(summaries)
+    runs = [[Path(s["run_dir"]).name, *v] for s, v in zip(summaries, values, strict=True)]
+    common = [[key, str(value)] for key, value in same.items()]
+    sentences = "".join(f"<li>{html.escape(line)}</li>" for line in plain_words(cells))
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<h2>In words</h2><ul>{sentences}</ul>
+<h2>Results</h2>{to_html(list(rows[0]), [list(row.values()) for row in rows])}
+<h2>Curves</h2>{"".join(plots)}
+<h2>What differs between the runs</h2>{to_html(["run", *varied], runs)}
+<details><summary>What is the same in all</summary>{to_html(["key", "value"], common)}</details>
+</body></html>
+"""
+    contents = {"report.html": page, "table.csv": to_csv(rows), "table.md": to_markdown(rows)}
+    for name, text in contents.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in contents]

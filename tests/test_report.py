@@ -1,0 +1,135 @@
+"""The report: intervals and paired differences are right, leaks and chance are named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gpt import report
+from gpt.results import load_summaries
+from tests.conftest import TINY, run_program
+
+
+def summary(folder: Path, norm: str, seed: int, loss: float | None, **more: object) -> None:
+    """A run's directory as training leaves it, with numbers of one's own."""
+    run = folder / f"{norm}-pre-bs4-s{seed}"
+    run.mkdir(parents=True)
+    base = {
+        "norm": norm, "placement": "pre", "batch_size": 4, "seed": seed, "val_loss": loss,
+        "val_bpb": loss and loss / 2, "train_loss": loss, "tokens_per_s": 100.0, "params": 10,
+        "peak_memory": 2**20, "leaky": norm == "batch", "sees_in_training": [],
+        "sees_in_evaluation": [], "corpus": "text", "corpus_sha256": "0" * 64,
+    }  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(base | more))
+    config = (
+        f"seed: {seed}\nnorm:\n  name: {norm}\nplacement:\n  name: pre\ntrain: {{batch_size: 4}}"
+    )
+    (run / "config.yaml").write_text(config)
+    rows = [{"step": s, "val_loss": (loss or 9) + 1 / (s + 1)} for s in (0, 5, 10)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    moments = {"after": {"rms": 1.0, "kurtosis": 3.0}}
+    (run / "stats.jsonl").write_text(json.dumps({"step": 1, "residual": {"embd": moments}}) + "\n")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for seed, (layer, rms, dummy) in enumerate(
+        [(3.0, 2.9, 3.5), (3.2, 3.1, 3.1), (3.4, 3.29, 3.4)]
+    ):
+        summary(tmp_path, "layer", seed, layer)
+        summary(tmp_path, "rms", seed, rms)
+        summary(tmp_path, "dummy", seed, dummy)
+    summary(tmp_path, "instance", 0, 0.5, sees_in_evaluation=["later tokens"])
+    summary(tmp_path, "scale", 0, None, diverged_at=7)
+    return tmp_path
+
+
+def test_the_interval_is_student_s() -> None:
+    mean, half = report.interval([3.0, 3.2, 3.4])
+    assert mean == pytest.approx(3.2)
+    assert half == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
+    assert report.interval([1.5]) == (1.5, None)
+
+
+def test_differences_are_paired_by_seed(folder: Path) -> None:
+    """Seeds vary by 0.2 and hide 0.1 in unpaired numbers; pairs show it."""
+    cells = report.make_cells(load_summaries(folder))
+    rms = next(c for c in cells if c.norm == "rms")
+    paired = report.difference(rms, cells)
+    assert paired is not None
+    mean, half, pairs = paired
+    assert mean == pytest.approx(-0.31 / 3)
+    assert half == pytest.approx(4.302653 * 0.0057735 / math.sqrt(3), rel=1e-3)
+    assert pairs == 3
+
+
+def test_the_words_say_what_is_chance_what_is_leaky_and_what_diverged(folder: Path) -> None:
+    words = "\n".join(report.plain_words(report.make_cells(load_summaries(folder))))
+    assert "The lowest validation loss is rms-pre-bs4's: 3.0967" in words
+    assert "rms-pre-bs4 against layer: -0.1033 ± 0.0143 nats over 3 seeds: better beyond" in words
+    assert "dummy-pre-bs4 against layer" in words
+    assert "no difference that these seeds can tell" in words
+    assert "instance-pre-bs4" in words.split("No result")[1]
+    assert "scale-pre-bs4: 1 of 1 runs diverged" in words
+
+
+def test_a_single_seed_may_be_chance(tmp_path: Path) -> None:
+    summary(tmp_path, "layer", 1, 3.0)
+    summary(tmp_path, "rms", 1, 2.0)
+    words = report.plain_words(report.make_cells(load_summaries(tmp_path)))
+    assert any("of one seed: it may be chance" in line for line in words)
+
+
+def test_the_table_ranks_results_and_lists_the_others_last(folder: Path) -> None:
+    summaries = load_summaries(folder)
+    paths = report.write(summaries, folder, "a sweep")
+    assert [p.name for p in paths] == ["report.html", "table.csv", "table.md"]
+    rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+    names = [row["cell"].split("-")[0] for row in rows]
+    assert names == ["rms", "layer", "dummy", "scale", "instance"]
+    assert rows[3]["val loss"].strip() == "(1 diverged at step 7)"
+    assert rows[4]["sees in evaluation"] == "later tokens"
+    assert (folder / "table.md").read_text().count("\n") == 7
+
+
+def test_the_page_needs_nothing_but_itself(folder: Path) -> None:
+    report.write(load_summaries(folder), folder, "a <sweep>")
+    page = (folder / "report.html").read_text()
+    assert "<title>a &lt;sweep&gt;</title>" in page
+    assert "<script src" not in page
+    assert "<link" not in page
+    assert "<img" not in page.split("In words")[0]
+    assert page.count("plotly-graph-div") >= 3
+
+
+def test_a_browser_draws_it(folder: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no browser on this machine")
+    report.write(load_summaries(folder), folder, "a sweep")
+    result = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
+         "--dump-dom", (folder / "report.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.stdout.count('class="main-svg"') >= 3  # plotly has drawn
+
+
+def test_two_runs_are_compared_with_one_command(corpus: Path, tmp_path: Path) -> None:
+    for norm in ("layer", "rms"):
+        fixed = {**TINY, "data": "text", "data.path": str(corpus), "norm": norm}
+        args = [f"{k}={v}" for k, v in fixed.items()]
+        assert run_program(*args, f"run_dir={norm}", cwd=tmp_path).returncode == 0
+    result = run_program("layer", "rms", script="report", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "layer" / "report.html").read_text()
+    assert "<td>rms-pre-bs4</td>" in page
+    assert "norm.name" in page
+    assert "of one seed: it may be chance" in page
+    assert "residual: angle" in page
