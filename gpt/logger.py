@@ -18,6 +18,10 @@ from gpt.config import Config
 from gpt.distributed import rank
 from gpt.files import flatten, read_jsonl, write_atomically
 
+# What wandb is told of a run's configuration.
+TOLD = ("seed", "device", "dtype", "compile", "tokenizer", "strict_causal", "norm", "placement",
+        "model", "train", "optim")  # fmt: skip
+
 
 def to_json(row: Any) -> str:
     """One line of strict JSON: NaN and infinity, which JSON lacks, become null."""
@@ -58,11 +62,16 @@ class RunLog:
     def stats(self, step: int, table: dict[str, Any]) -> None:
         """`table` is what `gpt.stats.table` gives; wandb sees it flat, `sites/head/after/rms`."""
         self.write("stats", {"step": step, **table})
-        self.wandb.log({"step": step, **flatten(table, "/")})
+        self.wandb.stats({"step": step, **flatten(table, "/")})
 
     def summary(self, values: dict[str, Any]) -> None:
         write_atomically(self.run_dir / "summary.json", json.dumps(finite(values), indent=2) + "\n")
         self.wandb.summary(values)
+
+    def sample(self, step: int, text: str) -> None:
+        if self.files:
+            write_atomically(self.run_dir / "sample.txt", text)
+        self.wandb.sample(step, text)
 
     def write(self, name: str, row: dict[str, Any]) -> None:
         if name in self.files:
@@ -95,15 +104,18 @@ class Wandb:
         id_file = run_dir / "wandb_id"  # a resumed run goes on under its own id
         if not id_file.exists():
             write_atomically(id_file, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:16])
-        # Only what describes the experiment: no paths, no environment.
-        paths = ("run_dir", "wandb", "data", "init")
-        config = {k: v for k, v in asdict(cfg).items() if k not in paths}
+        # Only what describes the experiment, by name: no paths, no environment.
+        config = {k: v for k, v in asdict(cfg).items() if k in TOLD}
         config["norm"] = {k: v for k, v in cfg.norm.items() if k != "module"}
+        in_sweep = cfg.run_dir is None and run_dir.parent.name != "runs"
         self.run = wandb.init(
             project=cfg.wandb.project,
             dir=str(run_dir),
             id=id_file.read_text(),
             name=cfg.run_name(),
+            group=run_dir.parent.name if in_sweep else None,
+            job_type="train",
+            tags=[cfg.norm["name"], cfg.placement.name, cfg.data.name],
             config=config | {"data": cfg.data.name},
             resume="allow" if mode == "online" else None,
             mode=mode,
@@ -122,6 +134,35 @@ class Wandb:
 
     def log(self, row: dict[str, Any]) -> None:
         self.attempt(lambda: self.run and self.run.log(row))
+
+    def stats(self, row: dict[str, Any]) -> None:
+        """Numbers as lines, `sites/head/after/rms`; shares of equal bins as histograms."""
+
+        def call() -> None:
+            import numpy as np
+            import wandb
+
+            from gpt.stats import EDGES
+
+            def shown(value: Any) -> Any:
+                if not isinstance(value, list):
+                    return value
+                return wandb.Histogram(np_histogram=(np.array(value), np.array(EDGES)))
+
+            self.run.log({key: shown(value) for key, value in row.items()})
+
+        if self.run:
+            self.attempt(call)
+
+    def sample(self, step: int, text: str) -> None:
+        def call() -> None:
+            import wandb
+
+            table = wandb.Table(columns=["step", "sample"], data=[[step, text]])
+            self.run.log({"step": step, "sample": table})
+
+        if self.run:
+            self.attempt(call)
 
     def summary(self, values: dict[str, Any]) -> None:
         self.attempt(lambda: self.run and self.run.summary.update(values))

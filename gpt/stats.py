@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -27,6 +28,7 @@ from gpt.norms.registry import norms_of
 
 MOMENTS = ("mean", "std", "rms", "absmax", "skew", "kurtosis", "outliers", "absmax_to_median")
 BINS = 32  # of a histogram from −8 to 8 root mean squares; what is beyond is in the outermost
+EDGES = [16 * i / BINS - 8 for i in range(BINS + 1)]
 GREEK = {"weight": "gamma", "bias": "beta"}  # what a norm's parameters are called in papers
 Record = dict[tuple[str, ...], Tensor]  # ("sites", "h.0.attn.in", "before") → its moments
 
@@ -267,6 +269,16 @@ def table(record: Record) -> dict[str, dict[str, dict[str, Any]]]:
         stream = result["residual"][before]["after"]["rms"]
         entry["ratio"] = entry["after"]["rms"] / stream if stream else math.nan
     return result
+
+
+def spike_score(values: list[float], over: int = 128, sigmas: float = 6.0) -> float:
+    """The share of values further than `sigmas` standard deviations from the mean of the `over`
+    before them: training's spikes (OLMo). 0 where there are too few."""
+    if len(values) <= over:
+        return 0.0
+    before = np.lib.stride_tricks.sliding_window_view(np.asarray(values[:-1]), over)
+    off = np.abs(np.asarray(values[over:]) - before.mean(1))
+    return float((off > sigmas * before.std(1)).mean())
 
 
 def first_nonfinite(record: Record) -> str | None:

@@ -95,6 +95,8 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
             run_steps(run, state, log)
             if rank() > 0:
                 return {}  # the first process has the files
+            sample = sample_text(run)
+            log.sample(state.step, sample)
             summary = summarise(run, state)
             log.summary(summary)
             write_atomically(run_dir / "DONE", cfg.hash() + "\n")
@@ -106,16 +108,21 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
             raise
         finally:
             log.close()
-        pieces = generate(
-            run.model,
-            run.data.tokenizer,
-            "\n",
-            max_new_tokens=200,
-            temperature=0.6,
-            seed=cfg.seed,
-        )
-        screen.report(run_dir, summary, "".join(pieces))
+        screen.report(run_dir, summary, sample)
         return summary
+
+
+def sample_text(run: Run) -> str:
+    """What the model writes after a line's end."""
+    pieces = generate(
+        run.model,
+        run.data.tokenizer,
+        "\n",
+        max_new_tokens=200,
+        temperature=0.6,
+        seed=run.cfg.seed,
+    )
+    return "".join(pieces)
 
 
 def finished(run_dir: Path, cfg: Config, data: Data, screen: Screen) -> dict[str, Any]:
@@ -392,6 +399,10 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
     cfg, t = run.cfg, run.cfg.train
     rows = read_jsonl(run.dir / "metrics.jsonl")
     losses = [r["loss"] for r in rows if r.get("loss") is not None][-TRAIN_LOSS_OVER:]
+    spikes = {
+        f"{key}_spikes": stats.spike_score([r[key] for r in rows if r.get(key) is not None])
+        for key in ("loss", "grad_norm")
+    }
     evaluations = [r for r in rows if "val_loss" in r]
     if not evaluations:
         raise DataError(f"{run.dir}/metrics.jsonl: its rows are gone; use another run_dir")
@@ -400,6 +411,7 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
         **{k: v for k, v in evaluations[-1].items() if k != "step"},
         "best_val_loss": min((r["val_loss"] for r in evaluations if r["val_loss"]), default=None),
         "train_loss": sum(losses) / max(1, len(losses)),
+        **spikes,
         "leaky": bool(run.sight.training),
         "sees_in_training": list(run.sight.training),
         "sees_in_evaluation": list(run.sight.evaluation),

@@ -39,8 +39,8 @@ def flip_a_bit(path: Path) -> None:
 def test_a_run_directory_holds_what_the_design_says(finished: Path) -> None:
     names = {p.name for p in finished.iterdir() if not p.name.startswith(".")}
     assert names == {
-        "config.yaml", "tokenizer.json", "metrics.jsonl", "stats.jsonl", "summary.json", "DONE",
-        "checkpoints",
+        "config.yaml", "tokenizer.json", "metrics.jsonl", "stats.jsonl", "summary.json",
+        "sample.txt", "DONE", "checkpoints",
     }  # fmt: skip
     newest = finished / "checkpoints" / "step_6"
     assert {p.name for p in newest.iterdir()} == {

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,31 @@ def test_without_a_login_wandb_is_offline_asks_nothing_and_changes_nothing(
     wandb_run(corpus, tmp_path / "b", "wandb.mode=disabled")
     assert curve(tmp_path / "a") == curve(tmp_path / "b")
     assert not (tmp_path / "b" / "wandb").exists()
+
+
+def test_what_wandb_is_told(config: Callable[..., Config], tmp_path: Path) -> None:
+    """Its offline file, read back: configuration without paths, tags, histograms, the sample."""
+    cfg = config("wandb.mode=offline", "norm=batch", "run_dir=null")
+    run_dir = tmp_path / "a-sweep" / "cell"
+    run_dir.mkdir(parents=True)
+    log = RunLog(run_dir, cfg, keep_until=-1)
+    told = log.wandb.run
+    assert told.group == "a-sweep"
+    assert told.job_type == "train"
+    assert set(told.tags) == {"batch", "pre", "text"}
+    assert "corpus.txt" not in str(dict(told.config))
+    assert told.config["norm"]["momentum"] == 0.1
+    table = {"sites": {"head": {"before": {"rms": 2.0}, "histogram": [0.5] * 2 + [0.0] * 30}}}
+    log.stats(1, table)
+    assert told.summary["sites/head/before/rms"] == 2.0
+    log.sample(1, "to norm or not to norm")
+    log.close()
+    sys.modules["wandb"].teardown()  # else its service is inherited by programs that tests start
+    assert (run_dir / "sample.txt").read_text() == "to norm or not to norm"
+    (file,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    content = file.read_bytes()
+    assert b"histogram" in content
+    assert b"table" in content
 
 
 def test_an_unreachable_wandb_warns_once_and_the_run_succeeds(corpus: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from gpt.stats import (
     first_nonfinite,
     histogram,
     moments,
+    spike_score,
     table,
     watch_update,
 )
@@ -96,6 +97,15 @@ def test_the_angle_between_opposite_streams_is_one_and_to_itself_zero() -> None:
     x = torch.randn(2, 3, 4)
     assert angle(x, -x).item() == pytest.approx(1, abs=1e-3)
     assert angle(x, 2 * x).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_spikes_are_what_lies_six_deviations_off_the_128_before() -> None:
+    calm = [(-1.0) ** i for i in range(200)]  # mean 0, deviation 1
+    assert spike_score(calm) == 0
+    calm[150] = 6.5
+    assert spike_score(calm) == pytest.approx(1 / 72)
+    assert spike_score([1.0] * 128 + [9.0], over=128) == 1
+    assert spike_score([1.0, 99.0]) == 0
 
 
 def test_layers_branches_and_logits_are_recorded() -> None:
