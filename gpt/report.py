@@ -59,16 +59,21 @@ class Cell:
 
 
 def make_cells(summaries: list[Summary]) -> list[Cell]:
+    """Of runs with equal seeds in one cell the first is taken."""
     labels = distinguish(summaries)
-    grouped: dict[str, list[Summary]] = {}
+    grouped: dict[str, dict[int, Summary]] = {}
     for summary, label in zip(summaries, labels, strict=True):
-        grouped.setdefault(label.replace(f"-s{summary['seed']}", "", 1), []).append(summary)
-    return [
-        # What belongs to a norm's own options is no part of the context.
-        Cell(label, " ".join(w for w in label.removeprefix(f"{runs[0]['norm']}-").split()
-                             if not w.startswith("norm.")), runs[0]["norm"], runs)
-        for label, runs in grouped.items()
-    ]  # fmt: skip
+        seeds = grouped.setdefault(label.replace(f"-s{summary['seed']}", "", 1), {})
+        seeds.setdefault(summary["seed"], summary)
+    cells = []
+    for label, seeds in grouped.items():
+        runs = [seeds[seed] for seed in sorted(seeds)]
+        norm = runs[0]["norm"]
+        # What says which norm it is, is no part of what its baseline shares with it.
+        words = label.removeprefix(f"{norm}-").split()
+        rest = [w for w in words if not w.startswith(("norm.", "init.swap_norm="))]
+        cells.append(Cell(label, " ".join(rest), norm, runs))
+    return cells
 
 
 def interval(values: Iterable[float]) -> tuple[float, float | None]:
@@ -81,10 +86,26 @@ def interval(values: Iterable[float]) -> tuple[float, float | None]:
     return mean, float(student.ppf(0.975, len(xs) - 1)) * math.sqrt(variance / len(xs))
 
 
+def baseline(cell: Cell, cells: list[Cell]) -> Cell | None:
+    """The `layer` cell that differs in nothing but the norm; None where none or several do."""
+    if cell.norm == BASELINE or cell.leaky:
+        return None
+    mine = read_config(cell.runs[0]["run_dir"])
+
+    def agrees(other: Cell) -> bool:
+        theirs = read_config(other.runs[0]["run_dir"])
+        shared = [k for k in mine.keys() & theirs.keys() if k.startswith("norm.")]
+        return all(mine[k] == theirs[k] for k in shared if k != "norm.name")
+
+    found = [c for c in cells if c.norm == BASELINE and c.context == cell.context and not c.leaky]
+    found = [c for c in found if agrees(c)] or found
+    return found[0] if len(found) == 1 else None
+
+
 def difference(cell: Cell, cells: list[Cell]) -> tuple[float, float | None, int] | None:
     """Validation loss minus the baseline's at the same seeds: mean, half width, number of pairs."""
-    other = next((c for c in cells if c.norm == BASELINE and c.context == cell.context), None)
-    if other is None or other is cell:
+    other = baseline(cell, cells)
+    if other is None:
         return None
     ours, theirs = cell.losses(), other.losses()
     pairs = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
@@ -101,40 +122,45 @@ def table(cells: list[Cell]) -> list[dict[str, str]]:
     rows = []
     for cell in cells:
         first, losses = cell.runs[0], cell.losses()
-        row = {"cell": cell.label, "seeds": str(len(cell.runs))}
+        row = {"cell": cell.label, "seeds": f"{len(losses)} of {len(cell.runs)}"}
         diverged = [r for r in cell.runs if "diverged_at" in r]
         row["val loss"] = show(*interval(losses.values())) if losses else ""
         if diverged:
             steps = ", ".join(str(r["diverged_at"]) for r in diverged)
             row["val loss"] += f" ({len(diverged)} diverged at step {steps})".replace("  ", " ")
-        bpb = [r["val_bpb"] for r in cell.runs if r["seed"] in losses]
+        bpb = [r["val_bpb"] for r in cell.runs if "diverged_at" not in r and r["seed"] in losses]
         row["bits/byte"] = show(*interval(bpb)) if bpb else ""
         paired = difference(cell, cells)
         row[f"minus {BASELINE}"] = show(*paired[:2], sign="+") if paired else ""
+        row["pairs"] = str(paired[2]) if paired else ""
         row["tokens/s"] = f"{interval(r['tokens_per_s'] for r in cell.runs)[0]:,.0f}"
-        row["peak memory"] = f"{first['peak_memory'] / 2**20:,.0f} MiB"
+        row["peak memory of its process"] = f"{first['peak_memory'] / 2**20:,.0f} MiB"
         row["parameters"] = f"{first['params']:,}"
         row["sees in training"] = " and ".join(first["sees_in_training"]) or "its past"
         row["sees in evaluation"] = " and ".join(first["sees_in_evaluation"]) or "its past"
-        rows.append((bool(first["sees_in_evaluation"]), not losses,
-                     interval(losses.values())[0] if losses else 0.0, row))  # fmt: skip
+        order = interval(bpb)[0] if bpb else 0.0
+        rows.append((cell.leaky, not losses, order, row))
     return [row for *_, row in sorted(rows, key=lambda r: r[:3])]
 
 
 def plain_words(cells: list[Cell]) -> list[str]:
     """What the numbers show and what they do not, in sentences."""
     lines = []
-    results = [c for c in cells if c.losses() and not c.leaky]
-    if results:
-        best = min(results, key=lambda c: interval(c.losses().values())[0])
+    whole = [c for c in cells if len(c.losses()) == len(c.runs) and not c.leaky]
+    units = {(r["tokenizer"], r["corpus_sha256"]) for c in cells for r in c.runs}
+    if len(units) > 1:
+        lines.append("Tokenizers or texts differ: only bits a byte compare across them.")
+    elif whole:
+        best = min(whole, key=lambda c: interval(c.losses().values())[0])
         lowest = show(*interval(best.losses().values()))
         lines.append(f"The lowest validation loss is {best.label}'s: {lowest} nats a token.")
     for cell in cells:
         paired = difference(cell, cells)
-        if not paired or cell.leaky:
+        other = baseline(cell, cells)
+        if not paired or other is None:
             continue
         mean, half, pairs = paired
-        where = f"{cell.label} against {BASELINE}: {show(mean, half, sign='+')} nats"
+        where = f"{cell.label} against {other.label}: {show(mean, half, sign='+')} nats"
         if half is None:
             lines.append(f"{where}, of one seed: it may be chance.")
         elif abs(mean) > half:
@@ -166,7 +192,7 @@ def figure_losses(cells: list[Cell]) -> go.Figure:
     for norm in sorted({c.norm for c in shown}):
         mine = [(c.context, *interval(c.losses().values())) for c in shown if c.norm == norm]
         contexts, means, halves = zip(*mine, strict=True)
-        bars = {"array": [half or 0.0 for half in halves]}
+        bars = {"array": list(halves)}
         figure.add_scatter(x=contexts, y=means, error_y=bars, mode="markers", name=norm)
     figure.update_xaxes(categoryorder="array", categoryarray=sorted({c.context for c in shown}))
     figure.update_traces(marker_size=9)
@@ -203,18 +229,18 @@ def figure_curves(cells: list[Cell]) -> go.Figure:
 
 def figure_lr(cells: list[Cell]) -> go.Figure | None:
     """Validation loss by learning rate, where there are several: how much each norm minds it."""
-    lines: dict[str, list[tuple[float, float, float]]] = {}
+    lines: dict[str, list[tuple[float, float, float | None]]] = {}
     for cell in cells:
         config = read_config(cell.runs[0]["run_dir"])
         rest = " ".join(w for w in cell.label.split() if not w.startswith("optim.lr="))
         if cell.losses() and not cell.leaky and "optim.lr" in config:
             mean, half = interval(cell.losses().values())
-            lines.setdefault(rest, []).append((float(config["optim.lr"]), mean, half or 0.0))
+            lines.setdefault(rest, []).append((float(config["optim.lr"]), mean, half))
     if not any(len(points) > 1 for points in lines.values()):
         return None
     figure = go.Figure()
     for name, points in lines.items():
-        xs, ys, errors = zip(*sorted(points), strict=True)
+        xs, ys, errors = zip(*sorted(points, key=lambda p: p[0]), strict=True)
         figure.add_scatter(x=xs, y=ys, error_y={"array": errors}, name=name)
     figure.update_xaxes(type="log")
     title = "Final validation loss by peak learning rate"
@@ -223,20 +249,27 @@ def figure_lr(cells: list[Cell]) -> go.Figure | None:
 
 
 def figures_depth(cells: list[Cell]) -> list[go.Figure]:
-    """For each statistic a depth × step map of every cell's first run, chosen in a menu."""
+    """For each statistic a depth × step map of every cell's lowest seed, chosen in a menu."""
     stats = [(c, read_jsonl(Path(c.runs[0]["run_dir"]) / "stats.jsonl")) for c in cells[:MANY]]
     stats = [(cell, rows) for cell, rows in stats if rows]
     figures = []
     for group, key, logarithmic in STATISTICS:
         figure = go.Figure()
         for cell, rows in stats:
-            depths = [d for d in rows[0].get(group, {}) if look(rows[0][group][d], key) is not None]
-            values = [[look(row[group].get(d, {}), key) for row in rows] for d in depths]
+            named = list(dict.fromkeys(d for row in rows for d in row.get(group, {})))
+            depths = [
+                d
+                for d in named
+                if any(look(r.get(group, {}).get(d, {}), key) is not None for r in rows)
+            ]
+            values = [[look(row.get(group, {}).get(d, {}), key) for row in rows] for d in depths]
             z = [[scaled(v, logarithmic) for v in line] for line in values]
             figure.add_heatmap(z=z, x=[row["step"] for row in rows], y=depths, name=cell.label,
                                visible=not figure.data, colorscale="Viridis")  # fmt: skip
         if not any(trace.y for trace in figure.data):
             continue
+        shown = [v for trace in figure.data for line in trace.z for v in line if v is not None]
+        figure.update_traces(zmin=min(shown), zmax=max(shown))  # one scale, so that maps compare
         name = f"{group}: {key.removeprefix('after/')}" + " (log₁₀)" * logarithmic
         figure.update_layout(title=name, xaxis_title="step", updatemenus=[menu(stats)])
         figures.append(figure)

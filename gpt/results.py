@@ -11,7 +11,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from gpt.errors import DataError
 from gpt.files import flatten, read_json, read_jsonl
+
+# Keys that change no result.
+UNSEEN = {"wandb.mode", "wandb.project", "device", "train.stats_every", "train.checkpoint_every",
+          "train.keep_checkpoints"}  # fmt: skip
 
 
 def load_summaries(*folders: Path) -> list[dict[str, Any]]:
@@ -20,14 +25,11 @@ def load_summaries(*folders: Path) -> list[dict[str, Any]]:
     Last come runs that diverged, and before them those whose evaluation sees the future: their
     validation loss is not a result.
     """
-    summaries = [
-        read_json(path) | {"run_dir": str(path.parent)}
-        for folder in folders
-        for path in sorted(folder.rglob("summary.json"))
-    ]
+    paths = {path.resolve(): path for folder in folders for path in folder.rglob("summary.json")}
+    summaries = [read_json(path) | {"run_dir": str(path.parent)} for path in sorted(paths.values())]
 
     def rank(s: dict[str, Any]) -> tuple[bool, bool, float]:
-        return "diverged_at" in s, bool(s["sees_in_evaluation"]), s.get("val_loss") or math.inf
+        return "diverged_at" in s, bool(s.get("sees_in_evaluation")), s.get("val_loss") or math.inf
 
     return sorted(summaries, key=rank)
 
@@ -45,7 +47,7 @@ def print_table(summaries: list[dict[str, Any]]) -> None:
             table.add_row(name, f"diverged at {s['diverged_at']}", "", "", speed)
             continue
         train_loss = f"{s['train_loss']:.4f}" + " leaky" * s["leaky"]
-        val_loss = f"{s['val_loss']:.4f}" + " leaky" * bool(s["sees_in_evaluation"])
+        val_loss = f"{s['val_loss']:.4f}" + " leaky" * bool(s.get("sees_in_evaluation"))
         table.add_row(name, val_loss, f"{s['val_bpb']:.4f}", train_loss, speed)
     Console().print(table)
 
@@ -55,22 +57,30 @@ def read_config(run_dir: str) -> dict[str, Any]:
     """A run's configuration, its keys dotted; empty where there is none. Fast, for many runs."""
     path = Path(run_dir) / "config.yaml"
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return flatten(yaml.load(path.read_bytes(), loader), ".") if path.exists() else {}
+    try:
+        return flatten(yaml.load(path.read_bytes(), loader), ".") if path.exists() else {}
+    except (yaml.YAMLError, AttributeError) as error:
+        raise DataError(f"{path}: damaged; restore it or remove the run") from error
 
 
 def distinguish(summaries: list[dict[str, Any]]) -> list[str]:
     """A label for each run: norm, placement, batch size, seed, and any other key that differs."""
     configs = [read_config(s["run_dir"]) for s in summaries]
     named = {"norm.name", "placement.name", "train.batch_size", "seed", "run_dir"}
+    texts = {s.get("corpus_sha256") for s in summaries}  # another Python has another pydoc
     labels = []
     for s, config in zip(summaries, configs, strict=True):
         label = f"{s['norm']}-{s['placement']}-bs{s['batch_size']}-s{s['seed']}"
-        for key in sorted(config.keys() - named):
+        for key in sorted(config.keys() - named - UNSEEN):
             # A norm's eps differs from another norm's: only runs of the same norm are compared.
             group = key.split(".")[0] + ".name"
-            like = [c for c in configs if group not in named or c.get(group) == config[group]]
+            like = [c for c in configs if c]
+            if group in named:
+                like = [c for c in like if c.get(group) == config[group]]
             if any(c.get(key) != config[key] for c in like):
                 label += f" {key}={config[key]}"
+        if len(texts) > 1:
+            label += f" text={str(s.get('corpus_sha256'))[:8]}"
         labels.append(label)
     return labels
 

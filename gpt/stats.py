@@ -2,7 +2,7 @@
 
     sites      every norm, `h.0.attn.in`: moments before and after, gradient, γ, β and their drift
     residual   the stream by depth, `embd`, `h.0`: moments, gradient, angle to the depth before
-    branches   what a sublayer adds to it, `h.0.attn`: moments, ratio to the stream
+    branches   what a sublayer adds to it, `h.0.attn`: moments, ratio to the block's input
     attention  `h.0.attn`: the largest logit, the mean entropy
     layers     `h.0`, `wte`: norms of gradient, parameters and update
     output     `logits`: mean log Z
@@ -70,7 +70,10 @@ def moments(x: Tensor, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
     z = (x - mean) / std.clamp_min(1e-30)
     cube = z * z * z
     absolute = x.abs().flatten()
-    median = absolute[:: -(-absolute.numel() // 2**14)].median()
+    stride = -(-absolute.numel() // 2**14)
+    while math.gcd(stride, x.shape[-1]) > 1:  # else only some features would be looked at
+        stride += 1
+    median = absolute[::stride].median()
     absmax = absolute.amax()
     outliers = (features / features.mean().clamp_min(1e-30)).var(correction=0)
     shape = [cube.mean(), (cube * z).mean(), outliers, absmax / median.clamp_min(1e-30)]
@@ -88,7 +91,8 @@ def histogram(x: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     """The largest attention logit and the mean entropy in nats, of at most 4 samples."""
     q, k = (t[:4].detach().float().unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (q, k))
-    logits = q @ k.mT / math.sqrt(q.shape[-1])  # (B, nh, T, T)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q @ k.mT / math.sqrt(q.shape[-1])  # (B, nh, T, T)
     T = logits.shape[-1]
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     logits = logits.masked_fill(later, -torch.inf)

@@ -18,11 +18,11 @@ from rich.live import Live
 from rich.table import Table
 
 from gpt.cli import CONFIGS
-from gpt.config import load_config
 from gpt.errors import UserError
 from gpt.files import read_json, read_jsonl
+from gpt.results import read_config
 
-SHOWN = 12  # lines of the table at most: what runs, then what ended last
+SHOWN = 12  # lines of the table at most: what has begun, then what ended last
 
 
 def count_cells(argv: list[str]) -> int | None:
@@ -56,32 +56,36 @@ class Cell:
 
 def read_cell(run_dir: Path) -> Cell | None:
     """None where the run has not begun, or its files are in the middle of being written."""
+    cfg = read_config(str(run_dir))
     try:
-        cfg = load_config(run_dir / "config.yaml")
-        t = cfg.train
-        cost = float(t.steps * t.batch_size * t.grad_accum * cfg.model.block_size)
-        path = run_dir / ("DONE" if (run_dir / "DONE").exists() else "metrics.jsonl")
+        steps = cfg["train.steps"]
+        a_step = cfg["train.batch_size"] * cfg["train.grad_accum"] * cfg["model.block_size"]
+        done = (run_dir / "DONE").exists()
+        path = run_dir / ("summary.json" if done else "metrics.jsonl")
         changed = path.stat().st_mtime
-        if path.name == "DONE":
-            summary = read_json(run_dir / "summary.json")
-            loss = summary.get("val_loss")
+        if done:
+            summary = read_json(path)
+            step, loss = summary["steps"], summary.get("val_loss")
             state = f"val loss {loss:.4f}" if loss is not None else "no loss"
             if "diverged_at" in summary:
                 state = f"diverged at {summary['diverged_at']}"
-            return Cell(run_dir.name, state, f"{t.steps}/{t.steps}", cost, cost, changed)
+            return Cell(
+                run_dir.name, state, f"{step}/{steps}", a_step * step, a_step * step, changed
+            )
         rows = read_jsonl(path)
-        step = rows[-1]["step"] if rows else 0
-    except (OSError, UserError):
+    except (OSError, KeyError, UserError):
         return None
-    return Cell(run_dir.name, "running", f"{step}/{t.steps}", cost, cost * step / t.steps, changed)
+    step = rows[-1]["step"] if rows else 0
+    return Cell(run_dir.name, "begun", f"{step}/{steps}", a_step * steps, a_step * step, changed)
 
 
 def progress_table(folder: Path, total: int | None, started: float, done_before: float) -> Table:
-    """The cells below `folder`: running first, then the newest; how many; the time left."""
+    """The cells below `folder`: begun first, then the newest; how many; the time left."""
     cells = [c for path in folder.glob("*/config.yaml") if (c := read_cell(path.parent))]
-    running = [c for c in cells if c.state == "running"]
-    ended = sorted((c for c in cells if c.state != "running"), key=lambda c: -c.changed)
-    title = f"{len(ended)} of {total or '?'} done, {len(running)} running"
+    total = max(total, len(cells)) if total else None
+    running = [c for c in cells if c.state == "begun"]
+    ended = sorted((c for c in cells if c.state != "begun"), key=lambda c: -c.changed)
+    title = f"{len(ended)} of {total or '?'} done, {len(running)} begun"
     done = sum(c.done for c in cells)
     if cells and total and done > done_before:
         speed = (done - done_before) / (time.time() - started)

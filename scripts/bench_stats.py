@@ -1,7 +1,7 @@
 """What statistics cost: python scripts/bench_stats.py [OVERRIDES]
 
 Steps of the default run with and without them, in turns (A B A B …): the median ratio, and what
-that is of the training time at train.stats_every. Nothing is written.
+that is of the training time at train.stats_every. No run is written.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
         seconds(True), seconds(False)
         pairs = [(seconds(False), seconds(True)) for _ in range(STEPS)]
     plain, counted = (statistics.median(times) for times in zip(*pairs, strict=True))
-    share = (counted - plain) / (plain * max(1, t.stats_every))
+    share = (counted - plain) / (plain * t.stats_every) if t.stats_every else 0.0
     print(f"a step: {1e3 * plain:.1f} ms, with statistics {1e3 * counted:.1f} ms")
     print(f"ratio {counted / plain:.2f}; {100 * share:.2f}% of the training at stats_every="
           f"{t.stats_every} on {run.device}, {torch.get_num_threads()} threads")  # fmt: skip

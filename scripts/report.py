@@ -18,6 +18,9 @@ def main() -> None:
     folders = [Path(arg) for arg in sys.argv[1:]]
     if not folders or any(arg.startswith("-") for arg in sys.argv[1:]):
         raise UserError("expected folders of runs: python scripts/report.py runs/norms")
+    for folder in folders:
+        if not folder.is_dir():
+            raise MissingInput(f"{folder}: no such folder")
     summaries = load_summaries(*folders)
     if not summaries:
         raise MissingInput(f"{folders[0]}: no finished run below it")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -60,6 +61,15 @@ def swap_norm(raw: DictConfig, overrides: list[str]) -> None:
         OmegaConf.update(raw, key, value, force_add=True)
 
 
+def show_results(folder: Path) -> None:
+    """The table of a sweep's runs, if there are any."""
+    from gpt.results import load_summaries, print_table
+
+    summaries = load_summaries(folder)
+    if summaries:
+        print_table(summaries)
+
+
 def sweep_dir(argv: list[str]) -> Path | None:
     """Where a sweep's runs go: it follows from the sweep's name or its overrides, so that the same
     command finds the cells that it has finished. None for a single run."""
@@ -91,14 +101,11 @@ if __name__ == "__main__":
         ]
         cli.run(main)
     else:
+        results = partial(show_results, folder)
         total = count_cells(sys.argv[1:])
         sys.argv.append(f"hydra.sweep.dir={folder}")
         try:
             with live_table(folder, total):
                 cli.run(main)
         finally:
-            from gpt.results import load_summaries, print_table
-
-            summaries = load_summaries(folder)
-            if summaries:
-                print_table(summaries)
+            cli.run(results)

@@ -23,7 +23,7 @@ def summary(folder: Path, norm: str, seed: int, loss: float | None, **more: obje
     base = {
         "norm": norm, "placement": "pre", "batch_size": 4, "seed": seed, "val_loss": loss,
         "val_bpb": loss and loss / 2, "train_loss": loss, "tokens_per_s": 100.0, "params": 10,
-        "peak_memory": 2**20, "leaky": norm == "batch", "sees_in_training": [],
+        "peak_memory": 2**20, "leaky": norm == "batch", "sees_in_training": [], "tokenizer": "bpe",
         "sees_in_evaluation": [], "corpus": "text", "corpus_sha256": "0" * 64,
     }  # fmt: skip
     (run / "summary.json").write_text(json.dumps(base | more))
@@ -72,8 +72,11 @@ def test_differences_are_paired_by_seed(folder: Path) -> None:
 def test_the_words_say_what_is_chance_what_is_leaky_and_what_diverged(folder: Path) -> None:
     words = "\n".join(report.plain_words(report.make_cells(load_summaries(folder))))
     assert "The lowest validation loss is rms-pre-bs4's: 3.0967" in words
-    assert "rms-pre-bs4 against layer: -0.1033 ± 0.0143 nats over 3 seeds: better beyond" in words
-    assert "dummy-pre-bs4 against layer" in words
+    assert (
+        "rms-pre-bs4 against layer-pre-bs4: -0.1033 ± 0.0143 nats over 3 seeds: better beyond"
+        in words
+    )
+    assert "dummy-pre-bs4 against layer-pre-bs4" in words
     assert "no difference that these seeds can tell" in words
     assert "instance-pre-bs4" in words.split("No result")[1]
     assert "scale-pre-bs4: 1 of 1 runs diverged" in words
@@ -96,6 +99,58 @@ def test_the_table_ranks_results_and_lists_the_others_last(folder: Path) -> None
     assert rows[3]["val loss"].strip() == "(1 diverged at step 7)"
     assert rows[4]["sees in evaluation"] == "later tokens"
     assert (folder / "table.md").read_text().count("\n") == 7
+
+
+def test_the_baseline_differs_in_nothing_but_the_norm(tmp_path: Path) -> None:
+    """Not a lucky variant of layer, nor one that leaks, nor one on another text."""
+    for seed in (1, 2, 3):
+        for norm, eps, loss in (
+            ("layer", "1.0e-5", 3.0), ("layer", "0.001", 2.5),
+            ("rms", "0.001", 2.6), ("rms", "1.0e-5", 3.2),
+        ):  # fmt: skip
+            folder = tmp_path / eps
+            summary(folder, norm, seed, loss)
+            config = folder / f"{norm}-pre-bs4-s{seed}" / "config.yaml"
+            config.write_text(
+                config.read_text().replace(f"name: {norm}", f"name: {norm}\n  eps: {eps}")
+            )
+    cells = report.make_cells(load_summaries(tmp_path))
+    found = {c.label: report.baseline(c, cells) for c in cells if c.norm == "rms"}
+    assert {a: b and b.label for a, b in found.items()} == {
+        "rms-pre-bs4 norm.eps=1e-05": "layer-pre-bs4 norm.eps=1e-05",
+        "rms-pre-bs4 norm.eps=0.001": "layer-pre-bs4 norm.eps=0.001",
+    }
+    summary(tmp_path / "leak", "layer", 1, 1.0, sees_in_evaluation=["later tokens"])
+    summary(tmp_path / "leak", "rms", 1, 2.0)
+    cells = report.make_cells(load_summaries(tmp_path / "leak"))
+    assert all(report.difference(c, cells) is None for c in cells)
+    summary(tmp_path / "texts", "layer", 1, 1.0)
+    summary(tmp_path / "texts", "rms", 1, 2.0, corpus_sha256="1" * 64)
+    cells = report.make_cells(load_summaries(tmp_path / "texts"))
+    assert all(report.difference(c, cells) is None for c in cells)
+    assert "Tokenizers or texts differ" in report.plain_words(cells)[0]
+
+
+def test_a_run_counts_once_however_it_is_found(folder: Path) -> None:
+    twice = load_summaries(folder, folder / "layer-pre-bs4-s0")
+    assert len(twice) == len(load_summaries(folder))
+
+
+def test_a_cell_that_partly_diverged_is_not_the_best(folder: Path) -> None:
+    summary(folder, "l2", 0, 1.0)
+    summary(folder, "l2", 1, None, diverged_at=3)
+    cells = report.make_cells(load_summaries(folder))
+    assert report.plain_words(cells)[0].startswith("The lowest validation loss is rms")
+    assert next(r for r in report.table(cells) if r["cell"] == "l2-pre-bs4")["seeds"] == "1 of 2"
+
+
+def test_a_damaged_configuration_is_one_line(folder: Path) -> None:
+    (folder / "rms-pre-bs4-s0" / "config.yaml").write_text("seed: [")
+    result = run_program(str(folder), script="report")
+    assert result.returncode == 65
+    assert result.stderr.count("\n") == 1
+    assert "config.yaml: damaged" in result.stderr
+    assert run_program(str(folder), "nowhere", script="report").returncode == 66
 
 
 def test_the_page_needs_nothing_but_itself(folder: Path) -> None:

@@ -65,6 +65,12 @@ def test_one_feature_that_is_large_is_an_outlier() -> None:
     assert named(x)["absmax_to_median"] > 1000
 
 
+def test_the_median_looks_at_every_feature_of_a_large_tensor() -> None:
+    x = torch.randn(16, 1024, 768, generator=torch.Generator().manual_seed(0))
+    x[..., 0] *= 100
+    assert named(x)["absmax_to_median"] == pytest.approx(x.abs().max().item() / 0.675, rel=0.05)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_the_shape_of_a_distribution_does_not_depend_on_its_scale(scale: float) -> None:
     x = torch.randn(100, 10, generator=torch.Generator().manual_seed(0))

@@ -20,8 +20,8 @@ BASES = ["norms.layer", "norms.batch", "norms.rms"]  # that other norms build up
 NORMS = [f"norms.{p.stem}" for p in (REPO / "gpt/norms").glob("[a-z]*.py") if p.stem != "registry"]
 NORMS = [name for name in NORMS if name not in (*BASES, "norms.repbn")]
 LAYERS = [
-    ["trainer", "sweep"],
-    ["report", "generate", "surgery", "cards"],
+    ["trainer"],
+    ["report", "generate", "surgery", "cards", "sweep"],
     ["checkpoint", "run_dir", "screen", "results"],
     ["placement", "fold"],
     ["model", "norms.__init__", "logger"],

@@ -189,6 +189,6 @@ def test_the_live_table_follows_the_runs_files(corpus: Path, tmp_path: Path) -> 
     console = Console(width=100, file=io.StringIO())
     console.print(progress_table(folder, 4, time.time() - 60, done_before=0.0))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "2 of 4 done, 1 running, about 1 min left" in shown
+    assert "2 of 4 done, 1 begun, about 1 min left" in shown
     assert "1/2" in shown
-    assert shown.index("running", 40) < shown.index("val loss")
+    assert shown.index("begun", 40) < shown.index("val loss")
