@@ -7,6 +7,7 @@ new is one equation, `Sublayer`. Sizes: B batch, T time, C = n_embd, nh = n_head
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -52,7 +53,7 @@ def add_norm(norm: nn.Module, x: Tensor, branch: Tensor | None) -> tuple[Tensor,
     return norm(x), x
 
 
-class Sublayer(nn.ModuleDict):
+class Sublayer(nn.ModuleDict, ABC):
     """y = after(α·x + out(f(s·in(x)))), f being attention or the MLP: the placement equation.
 
     Input and output are two summands of the residual stream, (x, branch): where `after` is empty
@@ -70,8 +71,9 @@ class Sublayer(nn.ModuleDict):
         super().__init__({s: make_norm(f"{site}.{s}", n * C) for s, n in self.slots.items()})
         self.plan, self.dropout = plan, config.dropout
 
+    @abstractmethod
     def f(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Attention or the MLP."""
 
     def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor | None]:
         x_in, x = add_norm(self["in"], x, branch)

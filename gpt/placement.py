@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from gpt import norms  # noqa: F401  (registers them)
 from gpt.config import Config, PlacementConfig
 from gpt.errors import ConfigError
 from gpt.model import GPT, BlockPlan
-from gpt.norms.registry import build_norm, sizes
+from gpt.norms.registry import build_norm, norms_of, sizes
 
 
 def slot(placement: PlacementConfig, site: str, n_layer: int) -> bool | str:
@@ -49,3 +51,17 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
 
     plans = [block_plan(cfg.placement, l, L) for l in range(1, L + 1)]  # noqa: E741
     return GPT(cfg.model, vocab_size, make_norm, plans, cfg.seed)
+
+
+def refuse_single_values(model: GPT, cfg: Config) -> None:
+    """ConfigError where a norm would take the variance of one value, which is 0."""
+    sizes = {"B": cfg.train.batch_size, "T": cfg.model.block_size}
+    for norm in norms_of(model):
+        over = [axis for axis in norm.axes if axis in sizes]
+        if over and math.prod(sizes[axis] for axis in over) == 1:
+            keys = {"B": "train.batch_size=1", "T": "model.block_size=1"}
+            raise ConfigError(
+                f"norm={cfg.norm['name']}: {' and '.join(keys[axis] for axis in over)} give"
+                f"{'s' * (len(over) == 1)} one value a feature, whose variance is 0; raise "
+                f"{'either' if len(over) > 1 else 'it'}"
+            )

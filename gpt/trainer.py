@@ -24,14 +24,14 @@ from gpt.data import Data, TrainBatches, ValBatches, prepare
 from gpt.device import autocast, make_deterministic, peak_memory, precision, resolve_device
 from gpt.distributed import mean_over_processes, on_any_process, processes, rank, world_size
 from gpt.errors import ConfigError, DataError, Diverged
+from gpt.evaluate import evaluate
 from gpt.files import read_json, read_jsonl, write_atomically
 from gpt.generate import generate
 from gpt.logger import RunLog
 from gpt.model import GPT
-from gpt.norms.batch import batch_statistics, with_batch_stats
 from gpt.norms.registry import begin_step, commit, defer, norms_of, penalties
 from gpt.optim import lr_at, make_optimizer
-from gpt.placement import build_model
+from gpt.placement import build_model, refuse_single_values
 from gpt.run_dir import locked, refuse_another_configuration, stop_signals
 from gpt.screen import Screen
 from gpt.seeds import stream_seed
@@ -166,20 +166,6 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
     }
     state = TrainState(0, 0.0, model, make_optimizer(model, cfg.optim), setting)
     return Run(cfg, run_dir, device, data, model, sight, screen), state
-
-
-def refuse_single_values(model: GPT, cfg: Config) -> None:
-    """ConfigError where a norm would take the variance of one value, which is 0."""
-    sizes = {"B": cfg.train.batch_size, "T": cfg.model.block_size}
-    for norm in norms_of(model):
-        over = [axis for axis in norm.axes if axis in sizes]
-        if over and math.prod(sizes[axis] for axis in over) == 1:
-            keys = {"B": "train.batch_size=1", "T": "model.block_size=1"}
-            raise ConfigError(
-                f"norm={cfg.norm['name']}: {' and '.join(keys[axis] for axis in over)} give"
-                f"{'s' * (len(over) == 1)} one value a feature, whose variance is 0; raise "
-                f"{'either' if len(over) > 1 else 'it'}"
-            )
 
 
 def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
@@ -342,38 +328,6 @@ def stop_if_diverged(
         f"{bad[0]['grad_norm']}, {site}; what {run.dir} has of "
         "checkpoints is from before. Try a smaller optim.lr or another norm"
     )
-
-
-@torch.no_grad()
-def evaluate(
-    model: GPT, batches: ValBatches, bytes_of: Tensor, device: torch.device, dtype: str
-) -> dict[str, float]:
-    """Validation loss in nats a token and in bits a byte of text, on always the same windows.
-
-    A BatchNorm model is judged with its running statistics; the loss with the batch's own, which
-    generation does not have, stands beside it.
-    """
-
-    def losses() -> tuple[float, float]:
-        nats = torch.zeros((), device=device)
-        text_bytes = torch.zeros((), dtype=torch.int64, device=device)
-        tokens = 0
-        for x, y in batches.on(device):
-            with autocast(device, dtype):
-                _, loss = model(x, y)
-            nats += loss.float() * y.numel()
-            text_bytes += bytes_of[y].sum()
-            tokens += y.numel()
-        return nats.item() / tokens, nats.item() / text_bytes.item() / math.log(2)
-
-    model.eval()
-    loss, bpb = losses()
-    result = {"val_loss": loss, "val_bpb": bpb}
-    if with_batch_stats(model):
-        with batch_statistics(model):
-            result["val_loss_batch_stats"], _ = losses()
-    model.train()
-    return result
 
 
 def introduce(run: Run) -> None:

@@ -23,7 +23,7 @@ LAYERS = [
     ["trainer"],
     ["report", "generate", "surgery", "cards", "sweep"],
     ["checkpoint", "run_dir", "screen", "results"],
-    ["placement", "fold"],
+    ["placement", "fold", "evaluate"],
     ["model", "norms.__init__", "logger"],
     [*NORMS, "data", "optim", "stats", "causality", "device"],
     ["norms.repbn"],
