@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -28,14 +29,23 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget what earlier runs of this process took, where the system lets us: not on macOS."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on CUDA; else the process's largest size so far."""
+    """Bytes: the most that tensors took on CUDA; else the process's largest size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     if resource is None:
         return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
 def precision(device: torch.device, dtype: str) -> str:

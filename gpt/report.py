@@ -1,8 +1,4 @@
-"""A folder of runs as one page: what the numbers show, and what they do not.
-
-Runs that differ in their seed alone are one cell. Intervals are 95%, Student's t over seeds;
-differences are paired by seed: the same initial weights and the same batches.
-"""
+"""A folder of runs as one page: what the numbers show, and what they do not."""
 
 from __future__ import annotations
 
@@ -10,19 +6,25 @@ import csv
 import html
 import io
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from scipy.stats import t as student
 
+from gpt.cells import (
+    BASELINE,
+    Cell,
+    Summary,
+    baseline,
+    difference,
+    interval,
+    make_cells,
+    ordered,
+    tuned,
+)
 from gpt.files import read_jsonl
-from gpt.results import distinguish, read_config
+from gpt.results import depth_map, read_config
 
-Summary = dict[str, Any]
-BASELINE = "layer"
 MANY = 40  # cells with curves and heat maps of their own; tables and intervals have them all
 # What the heat maps show: group, key, and whether its scale is logarithmic.
 STATISTICS = (
@@ -38,80 +40,6 @@ STATISTICS = (
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Runs that differ in their seed alone. context: what its baseline shares with it."""
-
-    label: str
-    context: str
-    norm: str
-    runs: list[Summary]
-
-    @property
-    def leaky(self) -> bool:
-        """Whether evaluation sees what it must not: its losses are no results."""
-        return any(run["sees_in_evaluation"] for run in self.runs)
-
-    def losses(self) -> dict[int, float]:
-        """Validation loss by seed, of runs that came to an end."""
-        good = [r for r in self.runs if "diverged_at" not in r and r["val_loss"] is not None]
-        return {r["seed"]: r["val_loss"] for r in good}
-
-
-def make_cells(summaries: list[Summary]) -> list[Cell]:
-    """Of runs with equal seeds in one cell the first is taken."""
-    labels = distinguish(summaries)
-    grouped: dict[str, dict[int, Summary]] = {}
-    for summary, label in zip(summaries, labels, strict=True):
-        seeds = grouped.setdefault(label.replace(f"-s{summary['seed']}", "", 1), {})
-        seeds.setdefault(summary["seed"], summary)
-    cells = []
-    for label, seeds in grouped.items():
-        runs = [seeds[seed] for seed in sorted(seeds)]
-        norm = runs[0]["norm"]
-        # What says which norm it is, is no part of what its baseline shares with it.
-        words = label.removeprefix(f"{norm}-").split()
-        rest = [w for w in words if not w.startswith(("norm.", "init.swap_norm="))]
-        cells.append(Cell(label, " ".join(rest), norm, runs))
-    return cells
-
-
-def interval(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and half the width of its 95% interval; None for a single value."""
-    xs = list(values)
-    mean = math.fsum(xs) / len(xs)
-    if len(xs) < 2:
-        return mean, None
-    variance = math.fsum((x - mean) ** 2 for x in xs) / (len(xs) - 1)
-    return mean, float(student.ppf(0.975, len(xs) - 1)) * math.sqrt(variance / len(xs))
-
-
-def baseline(cell: Cell, cells: list[Cell]) -> Cell | None:
-    """The `layer` cell that differs in nothing but the norm; None where none or several do."""
-    if cell.norm == BASELINE or cell.leaky:
-        return None
-    mine = read_config(cell.runs[0]["run_dir"])
-
-    def agrees(other: Cell) -> bool:
-        theirs = read_config(other.runs[0]["run_dir"])
-        shared = [k for k in mine.keys() & theirs.keys() if k.startswith("norm.")]
-        return all(mine[k] == theirs[k] for k in shared if k != "norm.name")
-
-    found = [c for c in cells if c.norm == BASELINE and c.context == cell.context and not c.leaky]
-    found = [c for c in found if agrees(c)] or found
-    return found[0] if len(found) == 1 else None
-
-
-def difference(cell: Cell, cells: list[Cell]) -> tuple[float, float | None, int] | None:
-    """Validation loss minus the baseline's at the same seeds: mean, half width, number of pairs."""
-    other = baseline(cell, cells)
-    if other is None:
-        return None
-    ours, theirs = cell.losses(), other.losses()
-    pairs = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
-    return (*interval(pairs), len(pairs)) if pairs else None
-
-
 def show(value: float, half: float | None, digits: int = 4, sign: str = "") -> str:
     text = f"{value:{sign}.{digits}f}"
     return text if half is None else f"{text} ± {half:.{digits}f}"
@@ -119,10 +47,13 @@ def show(value: float, half: float | None, digits: int = 4, sign: str = "") -> s
 
 def table(cells: list[Cell]) -> list[dict[str, str]]:
     """One row a cell, best first; what is not a result comes last."""
+    best = {cell.label for cell in tuned(cells)}
     rows = []
     for cell in cells:
         first, losses = cell.runs[0], cell.losses()
         row = {"cell": cell.label, "seeds": f"{len(losses)} of {len(cell.runs)}"}
+        if len(best) < len(cells):
+            row["best learning rate"] = "yes" if cell.label in best else ""
         diverged = [r for r in cell.runs if "diverged_at" in r]
         row["val loss"] = show(*interval(losses.values())) if losses else ""
         if diverged:
@@ -134,7 +65,7 @@ def table(cells: list[Cell]) -> list[dict[str, str]]:
         row[f"minus {BASELINE}"] = show(*paired[:2], sign="+") if paired else ""
         row["pairs"] = str(paired[2]) if paired else ""
         row["tokens/s"] = f"{interval(r['tokens_per_s'] for r in cell.runs)[0]:,.0f}"
-        row["peak memory of its process"] = f"{first['peak_memory'] / 2**20:,.0f} MiB"
+        row["peak memory"] = f"{max(r['peak_memory'] for r in cell.runs) / 2**20:,.0f} MiB"
         row["parameters"] = f"{first['params']:,}"
         row["sees in training"] = " and ".join(first["sees_in_training"]) or "its past"
         row["sees in evaluation"] = " and ".join(first["sees_in_evaluation"]) or "its past"
@@ -143,18 +74,24 @@ def table(cells: list[Cell]) -> list[dict[str, str]]:
     return [row for *_, row in sorted(rows, key=lambda r: r[:3])]
 
 
-def plain_words(cells: list[Cell]) -> list[str]:
+def plain_words(cells: list[Cell], unfinished: int = 0) -> list[str]:
     """What the numbers show and what they do not, in sentences."""
-    lines = []
-    whole = [c for c in cells if len(c.losses()) == len(c.runs) and not c.leaky]
+    best = tuned(cells)
+    lines = [f"Runs that are not finished, and not in here: {unfinished}."] if unfinished else []
+    whole = [c for c in best if len(c.losses()) == len(c.runs) and not c.leaky]
     units = {(r["tokenizer"], r["corpus_sha256"]) for c in cells for r in c.runs}
     if len(units) > 1:
         lines.append("Tokenizers or texts differ: only bits a byte compare across them.")
     elif whole:
-        best = min(whole, key=lambda c: interval(c.losses().values())[0])
-        lowest = show(*interval(best.losses().values()))
-        lines.append(f"The lowest validation loss is {best.label}'s: {lowest} nats a token.")
-    for cell in cells:
+        first = min(whole, key=lambda c: interval(c.losses().values())[0])
+        lowest = show(*interval(first.losses().values()))
+        lines.append(f"The lowest validation loss is {first.label}'s: {lowest} nats a token.")
+    if len(best) < len(cells):
+        lines.append(
+            "Each is compared at the learning rate that was best for it, chosen by these very "
+            "losses, which flatters all of them a little."
+        )
+    for cell in best:
         paired = difference(cell, cells)
         other = baseline(cell, cells)
         if not paired or other is None:
@@ -169,6 +106,13 @@ def plain_words(cells: list[Cell]) -> list[str]:
             )
         else:
             lines.append(f"{where} over {pairs} seeds: no difference that these seeds can tell.")
+    for end, word in ((0, "lowest"), (-1, "highest")):
+        edge = [c.label for c in best if len(c.rates) > 1 and c.lr == c.rates[end]]
+        if edge:
+            lines.append(
+                f"Best at the {word} learning rate that was tried, so that one beyond may be "
+                f"better still: {', '.join(edge)}."
+            )
     for cell in cells:
         diverged = [r for r in cell.runs if "diverged_at" in r]
         if diverged:
@@ -194,7 +138,7 @@ def figure_losses(cells: list[Cell]) -> go.Figure:
         contexts, means, halves = zip(*mine, strict=True)
         bars = {"array": list(halves)}
         figure.add_scatter(x=contexts, y=means, error_y=bars, mode="markers", name=norm)
-    figure.update_xaxes(categoryorder="array", categoryarray=sorted({c.context for c in shown}))
+    figure.update_xaxes(categoryorder="array", categoryarray=ordered({c.context for c in shown}))
     figure.update_traces(marker_size=9)
     if shown:
         values = [loss for c in shown for loss in c.losses().values()]
@@ -231,11 +175,9 @@ def figure_lr(cells: list[Cell]) -> go.Figure | None:
     """Validation loss by learning rate, where there are several: how much each norm minds it."""
     lines: dict[str, list[tuple[float, float, float | None]]] = {}
     for cell in cells:
-        config = read_config(cell.runs[0]["run_dir"])
-        rest = " ".join(w for w in cell.label.split() if not w.startswith("optim.lr="))
-        if cell.losses() and not cell.leaky and "optim.lr" in config:
-            mean, half = interval(cell.losses().values())
-            lines.setdefault(rest, []).append((float(config["optim.lr"]), mean, half))
+        if cell.losses() and not cell.leaky and math.isfinite(cell.lr):
+            point = (cell.lr, *interval(cell.losses().values()))
+            lines.setdefault(cell.setting, []).append(point)
     if not any(len(points) > 1 for points in lines.values()):
         return None
     figure = go.Figure()
@@ -256,14 +198,7 @@ def figures_depth(cells: list[Cell]) -> list[go.Figure]:
     for group, key, logarithmic in STATISTICS:
         figure = go.Figure()
         for cell, rows in stats:
-            named = list(dict.fromkeys(d for row in rows for d in row.get(group, {})))
-            depths = [
-                d
-                for d in named
-                if any(look(r.get(group, {}).get(d, {}), key) is not None for r in rows)
-            ]
-            values = [[look(row.get(group, {}).get(d, {}), key) for row in rows] for d in depths]
-            z = [[scaled(v, logarithmic) for v in line] for line in values]
+            depths, z = depth_map(rows, group, key, logarithmic)
             figure.add_heatmap(z=z, x=[row["step"] for row in rows], y=depths, name=cell.label,
                                visible=not figure.data, colorscale="Viridis")  # fmt: skip
         if not any(trace.y for trace in figure.data):
@@ -287,19 +222,6 @@ def menu(stats: list[tuple[Cell, Any]]) -> dict[str, Any]:
         for i, (cell, _) in enumerate(stats)
     ]
     return {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.25}
-
-
-def look(entry: dict[str, Any], key: str) -> float | None:
-    value: Any = entry
-    for part in key.split("/"):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def scaled(value: float | None, logarithmic: bool) -> float | None:
-    if value is None or not logarithmic:
-        return value
-    return math.log10(value) if value > 0 else None
 
 
 def differing(summaries: list[Summary]) -> tuple[list[str], list[list[str]], dict[str, Any]]:
@@ -339,12 +261,13 @@ th, td { border-bottom: 1px solid #ddd; padding: .3em .7em; text-align: left; wh
 """
 
 
-def write(summaries: list[Summary], folder: Path, title: str) -> list[Path]:
+def write(summaries: list[Summary], folder: Path, title: str, unfinished: int = 0) -> list[Path]:
     """`report.html`, which needs nothing but itself; its table as `table.csv`, `table.md`."""
     cells = make_cells(summaries)
+    best = tuned(cells)
     rows = table(cells)
-    draw: list[Callable[[list[Cell]], go.Figure | None]] = [figure_losses, figure_curves, figure_lr]
-    figures = [f for make in draw if (f := make(cells)) is not None] + figures_depth(cells)
+    drawn = [figure_losses(best), figure_curves(best), figure_lr(cells), *figures_depth(best)]
+    figures = [figure for figure in drawn if figure is not None]
     for figure in figures:
         figure.update_layout(template="plotly_white", height=460)
     plots = [
@@ -354,7 +277,7 @@ def write(summaries: list[Summary], folder: Path, title: str) -> list[Path]:
     varied, values, same = differing(summaries)
     runs = [[Path(s["run_dir"]).name, *v] for s, v in zip(summaries, values, strict=True)]
     common = [[key, str(value)] for key, value in same.items()]
-    sentences = "".join(f"<li>{html.escape(line)}</li>" for line in plain_words(cells))
+    sentences = "".join(f"<li>{html.escape(line)}</li>" for line in plain_words(cells, unfinished))
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt.errors import DataError
-from gpt.files import flatten, read_json, read_jsonl
+from gpt.files import flatten, read_json
 
 # Keys that change no result.
 UNSEEN = {"wandb.mode", "wandb.project", "device", "train.stats_every", "train.checkpoint_every",
@@ -32,6 +32,12 @@ def load_summaries(*folders: Path) -> list[dict[str, Any]]:
         return "diverged_at" in s, bool(s.get("sees_in_evaluation")), s.get("val_loss") or math.inf
 
     return sorted(summaries, key=rank)
+
+
+def unfinished(*folders: Path) -> int:
+    """How many runs below `folders` have begun and not ended."""
+    paths = {path.resolve() for folder in folders for path in folder.rglob("config.yaml")}
+    return sum(not (path.parent / "DONE").exists() for path in paths)
 
 
 def print_table(summaries: list[dict[str, Any]]) -> None:
@@ -85,46 +91,24 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[str]:
     return labels
 
 
-def draw_curves(summaries: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss by step, a panel for each placement and batch size, a line for each norm.
+def depth_map(
+    rows: list[dict[str, Any]], group: str, key: str, logarithmic: bool
+) -> tuple[list[str], list[list[float | None]]]:
+    """Of a run's `stats.jsonl`: the depths with this statistic, and a line of steps for each."""
+    named = dict.fromkeys(d for row in rows for d in row.get(group, {}))
+    lines = {d: [look(row.get(group, {}).get(d, {}), key) for row in rows] for d in named}
+    lines = {d: line for d, line in lines.items() if any(v is not None for v in line)}
+    return list(lines), [[scaled(v, logarithmic) for v in line] for line in lines.values()]
 
-    Runs that differ in their seed alone share a colour. A diverged run ends in a cross.
-    """
-    import matplotlib
 
-    matplotlib.use("agg")  # draw to files: there may be no screen
-    import matplotlib.pyplot as plt
+def look(entry: dict[str, Any], key: str) -> float | None:
+    value: Any = entry
+    for part in key.split("/"):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
-    placements = sorted({s["placement"] for s in summaries})
-    batch_sizes = sorted({s["batch_size"] for s in summaries})
-    norms = sorted({s["norm"] for s in summaries})
-    figure, axes = plt.subplots(
-        len(placements),
-        len(batch_sizes),
-        figsize=(4.2 * len(batch_sizes) + 0.6, 2.9 * len(placements) + 0.5),
-        sharex="row",
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for s in sorted(summaries, key=lambda s: s["norm"]):
-        rows = [r for r in read_jsonl(Path(s["run_dir"]) / "metrics.jsonl") if "val_bpb" in r]
-        steps, values = [r["step"] for r in rows], [r["val_bpb"] for r in rows]
-        row, column = placements.index(s["placement"]), batch_sizes.index(s["batch_size"])
-        axis, color = axes[row, column], f"C{norms.index(s['norm'])}"
-        style = ["-", "--", "-.", ":"][norms.index(s["norm"]) % 4]  # lines may lie on one another
-        axis.plot(steps, values, style, color=color, label=s["norm"], linewidth=1.8)
-        if "diverged_at" in s:
-            axis.plot(steps[-1:], values[-1:], "x", color=color)
-    for row, placement in enumerate(placements):
-        for column, batch_size in enumerate(batch_sizes):
-            axis = axes[row, column]
-            axis.set_title(f"placement={placement}, batch_size={batch_size}", fontsize=10)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("step", fontsize=10)
-    figure.supylabel("validation bits per byte", fontsize=10)
-    labels = {t: h for a in axes.flat for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
-    axes[0, -1].legend(labels.values(), labels.keys(), frameon=False, title="norm")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+def scaled(value: float | None, logarithmic: bool) -> float | None:
+    if value is None or not logarithmic:
+        return value
+    return math.log10(value) if value > 0 else None

@@ -21,7 +21,14 @@ from gpt.causality import Sight, probe, refuse_leaks
 from gpt.checkpoint import TrainState
 from gpt.config import Config, save_config
 from gpt.data import Data, TrainBatches, ValBatches, prepare
-from gpt.device import autocast, make_deterministic, peak_memory, precision, resolve_device
+from gpt.device import (
+    autocast,
+    make_deterministic,
+    peak_memory,
+    precision,
+    reset_peak_memory,
+    resolve_device,
+)
 from gpt.distributed import mean_over_processes, on_any_process, processes, rank, world_size
 from gpt.errors import ConfigError, DataError, Diverged
 from gpt.evaluate import evaluate
@@ -146,6 +153,7 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
     """The run before its first step."""
     device = resolve_device(cfg.device)
     make_deterministic(device)
+    reset_peak_memory(device)
     if cfg.train.batch_size % world_size():
         raise ConfigError(
             f"train.batch_size={cfg.train.batch_size}: expected a multiple of the "

@@ -1,7 +1,7 @@
 """Runs as a page: python scripts/report.py runs/norms, or several folders, such as two runs.
 
 Writes into the first folder, and prints the table: `report.html` (one file, works offline),
-`table.csv`, `table.md`, and `loss.png`, validation loss by step.
+`table.csv`, `table.md`, and as pictures `losses.png`, `curves.png`, `lr.png`, `depth.png`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpt import cli
 from gpt.errors import MissingInput, UserError
-from gpt.results import draw_curves, load_summaries, print_table
+from gpt.results import load_summaries, print_table, unfinished
 
 
 def main() -> None:
@@ -24,12 +24,15 @@ def main() -> None:
     summaries = load_summaries(*folders)
     if not summaries:
         raise MissingInput(f"{folders[0]}: no finished run below it")
-    from gpt.report import write  # plotly and scipy take a second
+    from gpt import cells, pictures, report  # plotly, matplotlib and scipy take seconds
 
     print_table(summaries)
-    draw_curves(summaries, folders[0] / "loss.png")
     title = " and ".join(str(folder) for folder in folders)
-    for path in [*write(summaries, folders[0], title), folders[0] / "loss.png"]:
+    left = unfinished(*folders)
+    if left:
+        print(f"runs that are not finished, and not in here: {left}")
+    paths = report.write(summaries, folders[0], title, left)
+    for path in [*paths, *pictures.draw(cells.make_cells(summaries), folders[0])]:
         print(path)
 
 

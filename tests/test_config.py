@@ -109,27 +109,29 @@ def test_every_yaml_composes(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("sweep/*.yaml")), ids=lambda p: p.stem)
 def test_every_sweep_composes_and_its_parameters_exist(path: Path) -> None:
+    own = OmegaConf.load(path)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         raw = compose("train", [f"sweep={path.stem}"], return_hydra_config=True)
         for key, values in raw.hydra.sweeper.params.items():
             for value in str(values).split(","):
                 typed(compose("train", [f"{key}={value}"]))
+    for group in own.keys() - {"hydra"}:  # what the file says beside its grid is what its cells get
+        assert {k: raw[group][k] for k in own[group]} == dict(own[group])
 
 
 def test_the_wandb_sweep_asks_what_the_sweep_file_asks() -> None:
     """Its agent's arguments are overrides of ours; the two files are one question."""
-    agent = OmegaConf.load(CONFIGS / "wandb_sweep.yaml")
+    agent = OmegaConf.load(CONFIGS / "wandb_sweep.yaml").parameters
     ours = OmegaConf.load(CONFIGS / "sweep" / "norms.yaml")
-    asked = {
-        key: ",".join(map(str, spec["values"]))
-        for key, spec in agent.parameters.items()
-        if "values" in spec
-    }
-    assert asked == dict(ours.hydra.sweeper.params)
-    assert agent.parameters["optim.lr"]["value"] == ours.optim.lr
+    asked = {k: list(spec["values"]) for k, spec in agent.items() if "values" in spec}
+    grid = {k: OmegaConf.create(f"[{v}]") for k, v in ours.hydra.sweeper.params.items()}
+    assert asked == {k: list(v) for k, v in grid.items()}
+    fixed = [f"{k}={spec['value']}" for k, spec in agent.items() if "value" in spec]
+    first = [f"{k}={v[0]}" for k, v in asked.items()]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = typed(compose("train", [f"{k}={v.split(',')[0]}" for k, v in asked.items()]))
-    assert cfg.train.batch_size == 4
+        by_agent = typed(compose("train", fixed + first))
+        by_file = typed(compose("train", ["sweep=norms", *first]))
+    assert by_agent.hash() == by_file.hash()
 
 
 def test_the_registry_and_the_yaml_files_have_the_same_norms() -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt import report
+from gpt import pictures, report
+from gpt.cells import baseline, difference, interval, make_cells, ordered, tuned
 from gpt.results import load_summaries
 from tests.conftest import TINY, run_program
 
@@ -51,17 +52,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_interval_is_student_s() -> None:
-    mean, half = report.interval([3.0, 3.2, 3.4])
+    mean, half = interval([3.0, 3.2, 3.4])
     assert mean == pytest.approx(3.2)
     assert half == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
-    assert report.interval([1.5]) == (1.5, None)
+    assert interval([1.5]) == (1.5, None)
 
 
 def test_differences_are_paired_by_seed(folder: Path) -> None:
     """Seeds vary by 0.2 and hide 0.1 in unpaired numbers; pairs show it."""
-    cells = report.make_cells(load_summaries(folder))
+    cells = make_cells(load_summaries(folder))
     rms = next(c for c in cells if c.norm == "rms")
-    paired = report.difference(rms, cells)
+    paired = difference(rms, cells)
     assert paired is not None
     mean, half, pairs = paired
     assert mean == pytest.approx(-0.31 / 3)
@@ -70,7 +71,7 @@ def test_differences_are_paired_by_seed(folder: Path) -> None:
 
 
 def test_the_words_say_what_is_chance_what_is_leaky_and_what_diverged(folder: Path) -> None:
-    words = "\n".join(report.plain_words(report.make_cells(load_summaries(folder))))
+    words = "\n".join(report.plain_words(make_cells(load_summaries(folder))))
     assert "The lowest validation loss is rms-pre-bs4's: 3.0967" in words
     assert (
         "rms-pre-bs4 against layer-pre-bs4: -0.1033 ± 0.0143 nats over 3 seeds: better beyond"
@@ -85,7 +86,7 @@ def test_the_words_say_what_is_chance_what_is_leaky_and_what_diverged(folder: Pa
 def test_a_single_seed_may_be_chance(tmp_path: Path) -> None:
     summary(tmp_path, "layer", 1, 3.0)
     summary(tmp_path, "rms", 1, 2.0)
-    words = report.plain_words(report.make_cells(load_summaries(tmp_path)))
+    words = report.plain_words(make_cells(load_summaries(tmp_path)))
     assert any("of one seed: it may be chance" in line for line in words)
 
 
@@ -114,21 +115,87 @@ def test_the_baseline_differs_in_nothing_but_the_norm(tmp_path: Path) -> None:
             config.write_text(
                 config.read_text().replace(f"name: {norm}", f"name: {norm}\n  eps: {eps}")
             )
-    cells = report.make_cells(load_summaries(tmp_path))
-    found = {c.label: report.baseline(c, cells) for c in cells if c.norm == "rms"}
+    cells = make_cells(load_summaries(tmp_path))
+    found = {c.label: baseline(c, cells) for c in cells if c.norm == "rms"}
     assert {a: b and b.label for a, b in found.items()} == {
         "rms-pre-bs4 norm.eps=1e-05": "layer-pre-bs4 norm.eps=1e-05",
         "rms-pre-bs4 norm.eps=0.001": "layer-pre-bs4 norm.eps=0.001",
     }
     summary(tmp_path / "leak", "layer", 1, 1.0, sees_in_evaluation=["later tokens"])
     summary(tmp_path / "leak", "rms", 1, 2.0)
-    cells = report.make_cells(load_summaries(tmp_path / "leak"))
-    assert all(report.difference(c, cells) is None for c in cells)
+    cells = make_cells(load_summaries(tmp_path / "leak"))
+    assert all(difference(c, cells) is None for c in cells)
     summary(tmp_path / "texts", "layer", 1, 1.0)
     summary(tmp_path / "texts", "rms", 1, 2.0, corpus_sha256="1" * 64)
-    cells = report.make_cells(load_summaries(tmp_path / "texts"))
-    assert all(report.difference(c, cells) is None for c in cells)
+    cells = make_cells(load_summaries(tmp_path / "texts"))
+    assert all(difference(c, cells) is None for c in cells)
     assert "Tokenizers or texts differ" in report.plain_words(cells)[0]
+
+
+def test_each_norm_is_compared_at_its_own_best_learning_rate(tmp_path: Path) -> None:
+    """layer is best at 0.1, rms at 0.3: at equal rates one of them would lose for the other's."""
+    losses = {("layer", 0.1): 3.0, ("layer", 0.3): 3.5, ("rms", 0.1): 3.6, ("rms", 0.3): 2.9}
+    for (norm, lr), loss in losses.items():
+        for seed in (1, 2):
+            folder = tmp_path / str(lr)
+            summary(folder, norm, seed, loss + seed / 10)
+            config = folder / f"{norm}-pre-bs4-s{seed}" / "config.yaml"
+            config.write_text(config.read_text() + f"\noptim: {{lr: {lr}}}")
+    summary(tmp_path / "0.2", "rms", 1, 1.0)  # one lucky seed is not the best of two
+    config = tmp_path / "0.2" / "rms-pre-bs4-s1" / "config.yaml"
+    config.write_text(config.read_text() + "\noptim: {lr: 0.2}")
+    cells = make_cells(load_summaries(tmp_path))
+    best = {c.norm: c for c in tuned(cells)}
+    assert {n: (c.lr, c.rates) for n, c in best.items()} == {
+        "layer": (0.1, (0.1, 0.3)),
+        "rms": (0.3, (0.1, 0.2, 0.3)),
+    }
+    paired = difference(best["rms"], cells)
+    assert paired is not None
+    assert paired[0] == pytest.approx(-0.1)
+    words = "\n".join(report.plain_words(cells))
+    assert "rms-pre-bs4 optim.lr=0.3 against layer-pre-bs4 optim.lr=0.1: -0.1000" in words
+    assert "rms-pre-bs4 optim.lr=0.1 against" not in words
+    edges = words.split("Best at the ")[1:]
+    assert "lowest" in edges[0]
+    assert "layer-pre-bs4 optim.lr=0.1." in edges[0]
+    assert "highest" in edges[1]
+    assert "rms-pre-bs4 optim.lr=0.3." in edges[1]
+    rows = {row["cell"]: row for row in report.table(cells)}
+    assert len(rows) == 5  # the table has them all
+    assert rows["rms-pre-bs4 optim.lr=0.1"]["best learning rate"] == ""
+    assert rows["rms-pre-bs4 optim.lr=0.3"]["best learning rate"] == "yes"
+
+
+def test_runs_that_are_not_finished_are_counted(folder: Path) -> None:
+    run = folder / "rms-pre-bs4-s9"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 9")
+    for path in folder.glob("*/summary.json"):
+        (path.parent / "DONE").touch()
+    result = run_program(str(folder), script="report")
+    assert result.returncode == 0, result.stderr
+    assert "runs that are not finished, and not in here: 1" in result.stdout
+    assert "not finished, and not in here: 1." in (folder / "report.html").read_text()
+
+
+def test_the_pictures_are_of_the_best_learning_rates_and_of_no_leak(folder: Path) -> None:
+    cells = make_cells(load_summaries(folder))
+    paths = pictures.draw(cells, folder)
+    assert [p.name for p in paths] == ["losses.png", "curves.png", "depth.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+    figure = pictures.draw_losses(tuned([c for c in cells if not c.leaky]))
+    assert figure is not None
+    bars = {c.get_label(): c for c in figure.axes[0].containers}
+    assert set(bars) == {"dummy", "layer", "rms"}  # instance leaks, scale diverged
+    (point, _, (error,)) = bars["layer"]  # type: ignore[misc]
+    assert point.get_ydata()[0] == pytest.approx(3.2)
+    low, high = error.get_segments()[0][:, 1]
+    assert (high - low) / 2 == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
+
+
+def test_names_are_ordered_by_the_size_of_their_numbers() -> None:
+    assert ordered({"pre-bs16", "pre-bs2", "post-bs4"}) == ["post-bs4", "pre-bs2", "pre-bs16"]
 
 
 def test_a_run_counts_once_however_it_is_found(folder: Path) -> None:
@@ -139,7 +206,7 @@ def test_a_run_counts_once_however_it_is_found(folder: Path) -> None:
 def test_a_cell_that_partly_diverged_is_not_the_best(folder: Path) -> None:
     summary(folder, "l2", 0, 1.0)
     summary(folder, "l2", 1, None, diverged_at=3)
-    cells = report.make_cells(load_summaries(folder))
+    cells = make_cells(load_summaries(folder))
     assert report.plain_words(cells)[0].startswith("The lowest validation loss is rms")
     assert next(r for r in report.table(cells) if r["cell"] == "l2-pre-bs4")["seeds"] == "1 of 2"
 

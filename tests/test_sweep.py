@@ -46,7 +46,8 @@ def test_a_sweep_makes_one_run_a_cell_and_ends_with_a_table(corpus: Path, tmp_pa
 
 
 def test_the_ready_sweep_is_norm_by_placement_by_batch_size(corpus: Path, tmp_path: Path) -> None:
-    result = sweep(corpus, "sweep=norms", "train.batch_size=2", "placement=pre", cwd=tmp_path)
+    one = ("seed=1", "optim.lr=1e-3", "train.batch_size=2", "placement=pre")
+    result = sweep(corpus, "sweep=norms", *one, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert {s["norm"] for s in cells(tmp_path / "runs")} == {"layer", "rms", "dummy", "batch"}
 
@@ -123,7 +124,7 @@ def test_runs_are_drawn(tmp_path: Path, corpus: Path) -> None:
     folder = next((tmp_path / "runs").iterdir())
     result = run_program(str(folder), script="report")
     assert result.returncode == 0, result.stderr
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,8 @@ def test_a_diverged_cell_is_a_result_and_is_not_run_again(corpus: Path, tmp_path
     ("argv", "count"),
     [
         (["-m", "norm=layer,rms", "placement=pre,post", "seed=1"], 4),
-        (["-m", "sweep=norms"], 16),
-        (["-m", "sweep=norms", "placement=pre"], 8),
+        (["-m", "sweep=norms"], 216),
+        (["-m", "sweep=norms", "placement=pre", "seed=1"], 36),
         (["-m", "sweep=seeds"], 10),
         (["-m", "norm=layer,rms", "hydra/sweeper=optuna"], None),
         (["-m", "norm=glob(batch*)"], None),

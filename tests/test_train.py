@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gpt.config import Config
+from gpt.device import peak_memory, reset_peak_memory
 from gpt.errors import ConfigError, Diverged
 from gpt.norms.registry import NORMS
 from gpt.trainer import train
@@ -239,3 +240,15 @@ def test_the_validation_loss_does_not_depend_on_dropout_or_statistics_of_the_bat
 def test_metrics_are_flushed_row_by_row(config: Callable[..., Config], tmp_path: Path) -> None:
     train(config())
     assert [dict(row)["step"] for row in curve(tmp_path / "run")] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_the_peak_memory_is_the_run_s_own() -> None:
+    """A sweep's cells share a process: a small one after a large one does not report its peak."""
+    device = torch.device("cpu")
+    large = torch.ones(100_000_000)
+    assert peak_memory(device) > 400_000_000
+    before = peak_memory(device)
+    del large
+    reset_peak_memory(device)
+    assert peak_memory(device) < before - 300_000_000

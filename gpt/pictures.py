@@ -1,0 +1,171 @@
+"""Runs as PNGs: final losses, curves, learning rates, and the stream's size by depth and step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")  # draw to files: there may be no screen
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from gpt.cells import Cell, interval, ordered, tuned
+from gpt.files import read_jsonl
+from gpt.results import depth_map
+
+COLUMNS = 3  # panels beside one another
+MAPS = 24  # cells with a map at most
+
+
+def draw(cells: list[Cell], folder: Path) -> list[Path]:
+    """`losses.png`, `curves.png`, `depth.png`, and `lr.png` where there are several rates."""
+    cells = [cell for cell in cells if not cell.leaky]
+    best = tuned(cells)
+    figures = {
+        "losses": draw_losses(best),
+        "curves": draw_curves(best),
+        "lr": draw_lr(cells),
+        "depth": draw_depth(best),
+    }
+    paths = []
+    for name, figure in figures.items():
+        if figure is not None:
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=130)
+            plt.close(figure)
+    return paths
+
+
+def draw_losses(cells: list[Cell]) -> Figure | None:
+    """Final validation loss with its 95% interval over seeds: norms beside one another."""
+    cells = [cell for cell in cells if cell.losses()]
+    if not cells:
+        return None
+    contexts, styles = ordered({c.context for c in cells}), norm_styles(cells)
+    figure, axis = plt.subplots(figsize=(2 + 1.2 * len(contexts), 3.8), layout="constrained")
+    for i, (norm, style) in enumerate(styles.items()):
+        mine = [cell for cell in cells if cell.norm == norm]
+        shift = 0.5 * (i - (len(styles) - 1) / 2) / len(styles)
+        xs = [contexts.index(cell.context) + shift for cell in mine]
+        means, halves = zip(*(interval(c.losses().values()) for c in mine), strict=True)
+        errors = [half or 0.0 for half in halves]
+        axis.errorbar(xs, means, errors, fmt="o", capsize=3, color=style["color"], label=norm)
+    axis.set_xticks(range(len(contexts)), [c.replace(" ", "\n") for c in contexts])
+    axis.set_ylabel("validation loss, nats a token")
+    tidy(axis)
+    axis.legend(frameon=False, title="norm")
+    return figure
+
+
+def draw_curves(cells: list[Cell]) -> Figure:
+    """Validation loss by step, a line for each run. A diverged run ends in a cross."""
+    figure, panels, styles = panels_by_context(cells)
+    for cell in cells:
+        for run in cell.runs:
+            rows = [r for r in read_jsonl(Path(run["run_dir"]) / "metrics.jsonl") if "val_bpb" in r]
+            steps, values = [r["step"] for r in rows], [r["val_bpb"] for r in rows]
+            axis, style = panels[cell.context], styles[cell.norm]
+            axis.plot(steps, values, label=cell.norm, linewidth=1.6, **style)
+            if "diverged_at" in run:
+                axis.plot(steps[-1:], values[-1:], "x", color=style["color"])
+    finish(figure, panels, "step", "validation bits per byte")
+    return figure
+
+
+def draw_lr(cells: list[Cell]) -> Figure | None:
+    """Final validation loss by peak learning rate, with 95% intervals over seeds."""
+    cells = [cell for cell in cells if cell.losses() and cell.lr > 0]
+    if len({cell.lr for cell in cells}) < 2:
+        return None
+    figure, panels, styles = panels_by_context(cells)
+    for setting in dict.fromkeys(cell.setting for cell in cells):
+        mine = sorted((c for c in cells if c.setting == setting), key=lambda c: c.lr)
+        means, halves = zip(*(interval(c.losses().values()) for c in mine), strict=True)
+        style = styles[mine[0].norm]
+        panels[mine[0].context].errorbar(
+            [c.lr for c in mine], means, [h or 0.0 for h in halves],
+            label=mine[0].norm, capsize=3, **style,
+        )  # fmt: skip
+    for axis in panels.values():
+        axis.set_xscale("log")
+        axis.set_xticks(sorted({c.lr for c in cells}), minor=False)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    finish(figure, panels, "peak learning rate", "validation loss, nats a token")
+    return figure
+
+
+def draw_depth(cells: list[Cell]) -> Figure | None:
+    """The residual stream's root mean square by depth and step, of each cell's lowest seed."""
+    maps: list[tuple[Cell, list[int], list[str], Any]] = []
+    places = ordered({cell.context for cell in cells})
+    for cell in sorted(cells, key=lambda c: (places.index(c.context), c.setting))[:MAPS]:
+        rows = read_jsonl(Path(cell.runs[0]["run_dir"]) / "stats.jsonl")
+        depths, z = depth_map(rows, "residual", "after/rms", logarithmic=True)
+        if depths:
+            maps.append((cell, [row["step"] for row in rows], depths, np.array(z, float)))
+    if not maps:
+        return None
+    low = min(np.nanmin(z) for *_, z in maps)
+    high = max(np.nanmax(z) for *_, z in maps)
+    columns = min(4, len(maps))
+    lines = -(-len(maps) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.2 * columns, 1.9 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(maps) :]:
+        axis.set_visible(False)
+    for axis, (cell, steps, depths, z) in zip(axes.flat, maps, strict=False):
+        mesh = axis.pcolormesh(range(len(steps)), range(len(depths)), z, vmin=low, vmax=high)
+        axis.set_title(cell.setting, fontsize=8)
+        shown = range(0, len(depths), -(-len(depths) // 6))
+        axis.set_yticks(list(shown), [depths[i] for i in shown], fontsize=7)
+        ends = [0, len(steps) - 1]
+        axis.set_xticks(ends, [f"step {steps[i]}" for i in ends], fontsize=7)
+    label = "log₁₀ of the residual stream's root mean square"
+    figure.colorbar(mesh, ax=axes, label=label, shrink=0.8)
+    return figure
+
+
+def norm_styles(cells: list[Cell]) -> dict[str, dict[str, Any]]:
+    """A colour and a stroke for each norm: lines may lie on one another."""
+    norms = sorted({cell.norm for cell in cells})
+    strokes = ["-", "--", "-.", ":"]
+    return {n: {"color": f"C{i % 10}", "linestyle": strokes[i % 4]} for i, n in enumerate(norms)}
+
+
+def panels_by_context(
+    cells: list[Cell],
+) -> tuple[Figure, dict[str, Axes], dict[str, dict[str, Any]]]:
+    """A figure with a panel for each context, and the norms' styles."""
+    contexts = ordered({cell.context for cell in cells})
+    columns = min(COLUMNS, len(contexts))
+    lines = -(-len(contexts) // columns)
+    size = (4.2 * columns + 0.6, 2.7 * lines + 0.5)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(contexts) :]:
+        axis.set_visible(False)
+    return figure, dict(zip(contexts, axes.flat, strict=False)), norm_styles(cells)
+
+
+def finish(figure: Figure, panels: dict[str, Axes], x: str, y: str) -> None:
+    for context, axis in panels.items():
+        axis.set_title(context, fontsize=10)
+        tidy(axis)
+    figure.supxlabel(x, fontsize=10)
+    figure.supylabel(y, fontsize=10)
+    found = [axis.get_legend_handles_labels() for axis in panels.values()]
+    labels = {t: h for handles, texts in found for h, t in zip(handles, texts, strict=True)}
+    figure.legend(labels.values(), labels.keys(), frameon=False, loc="outside right center")
+
+
+def tidy(axis: Axes) -> None:
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
