@@ -47,9 +47,12 @@ class RunLog:
         self.wandb = Wandb(run_dir, cfg)
         if rank() > 0:
             return
+        kept = {}
         for name in ("metrics.jsonl", "stats.jsonl"):
             rows = [row for row in read_jsonl(run_dir / name) if row["step"] <= keep_until]
             write_atomically(run_dir / name, "".join(to_json(row) + "\n" for row in rows))
+            kept[name] = rows
+        self.wandb.catch_up(kept["metrics.jsonl"], kept["stats.jsonl"])
         self.files = {
             name: (run_dir / f"{name}.jsonl").open("a", encoding="utf-8")
             for name in ("metrics", "stats")
@@ -57,12 +60,12 @@ class RunLog:
 
     def metrics(self, step: int, **values: float) -> None:
         self.write("metrics", {"step": step, **values})
-        self.wandb.log({"step": step, **values})
+        self.wandb.log(step, values)
 
     def stats(self, step: int, table: dict[str, Any]) -> None:
-        """`table` is what `gpt.stats.table` gives; wandb sees it flat, `sites/head/after/rms`."""
+        """`table` is what `gpt.stats.table` gives."""
         self.write("stats", {"step": step, **table})
-        self.wandb.stats({"step": step, **flatten(table, "/")})
+        self.wandb.stats(step, table)
 
     def summary(self, values: dict[str, Any]) -> None:
         write_atomically(self.run_dir / "summary.json", json.dumps(finite(values), indent=2) + "\n")
@@ -128,14 +131,27 @@ class Wandb:
                 disable_code=True,
                 x_disable_stats=True,
                 x_disable_meta=True,
+                x_save_requirements=False,
+                host="-",  # not this machine's name
+                program="train.py",  # nor a path on it
             ),
         )
-        self.run.define_metric("*", step_metric="step")
 
-    def log(self, row: dict[str, Any]) -> None:
-        self.attempt(lambda: self.run and self.run.log(row))
+    def log(self, step: int, row: dict[str, Any]) -> None:
+        """Rows of one step are one row there; of a step that it has already it takes none."""
+        self.attempt(lambda: self.run and self.run.log(row, step=step))
 
-    def stats(self, row: dict[str, Any]) -> None:
+    def catch_up(self, metrics: list[dict[str, Any]], stats: list[dict[str, Any]]) -> None:
+        """Tell a server what it has not got of a run that was killed."""
+        if self.run is None or self.run.offline:
+            return
+        rows: list[Any] = [(row["step"], row, self.log) for row in metrics]
+        rows += [(row["step"], row, self.stats) for row in stats]
+        for step, row, tell in sorted(rows, key=lambda r: r[0]):
+            if step >= self.run.starting_step:
+                tell(step, {key: value for key, value in row.items() if key != "step"})
+
+    def stats(self, step: int, table: dict[str, Any]) -> None:
         """Numbers as lines, `sites/head/after/rms`; shares of equal bins as histograms."""
 
         def call() -> None:
@@ -149,7 +165,8 @@ class Wandb:
                     return value
                 return wandb.Histogram(np_histogram=(np.array(value), np.array(EDGES)))
 
-            self.run.log({key: shown(value) for key, value in row.items()})
+            row = flatten(table, "/")
+            self.run.log({key: shown(value) for key, value in row.items()}, step=step)
 
         if self.run:
             self.attempt(call)
@@ -159,7 +176,7 @@ class Wandb:
             import wandb
 
             table = wandb.Table(columns=["step", "sample"], data=[[step, text]])
-            self.run.log({"step": step, "sample": table})
+            self.run.log({"sample": table}, step=step)
 
         if self.run:
             self.attempt(call)

@@ -392,5 +392,4 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
         "torch": torch.__version__,
         "peak_memory": peak_memory(run.device),
         "device": str(run.device),
-        "run_dir": str(run.dir),
     }

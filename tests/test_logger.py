@@ -16,7 +16,8 @@ import pytest
 
 from gpt.config import Config
 from gpt.logger import RunLog, Wandb, read_jsonl, to_json, write_atomically
-from tests.conftest import curve, overrides, program, run_program
+from tests.conftest import REPO, curve, overrides, program, run_program
+from tests.wandb_server import Run, wandb_server
 
 
 def test_rows_after_the_checkpoint_are_dropped_on_resume(
@@ -46,7 +47,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 class Failing:
     """A wandb run whose service has died."""
 
-    def log(self, row: dict[str, Any]) -> None:
+    def log(self, row: dict[str, Any], step: int) -> None:
         raise ConnectionResetError("the service is gone\nand a traceback")
 
 
@@ -55,8 +56,8 @@ def test_a_failing_wandb_is_said_once_and_then_left_alone(
 ) -> None:
     mirror = Wandb(tmp_path, config())
     mirror.run = Failing()
-    mirror.log({"step": 1})
-    mirror.log({"step": 2})
+    mirror.log(1, {})
+    mirror.log(2, {})
     mirror.finish()
     assert capsys.readouterr().err == (
         "warning: wandb failed, the run goes on without it: the service is gone\n"
@@ -94,6 +95,7 @@ def test_what_wandb_is_told(config: Callable[..., Config], tmp_path: Path) -> No
     assert told.config["norm"]["momentum"] == 0.1
     table = {"sites": {"head": {"before": {"rms": 2.0}, "histogram": [0.5] * 2 + [0.0] * 30}}}
     log.stats(1, table)
+    log.metrics(2, loss=1.0)
     assert told.summary["sites/head/before/rms"] == 2.0
     log.sample(1, "to norm or not to norm")
     log.close()
@@ -139,3 +141,76 @@ def test_a_killed_wandb_service_does_not_stop_the_run(corpus: Path, tmp_path: Pa
     assert stderr.count("warning: wandb failed") == 1
     assert stderr.count("\n") == 1
     assert read_jsonl(tmp_path / "a" / "metrics.jsonl")[-1]["step"] == 400
+
+
+KEY = "0" * 40
+
+
+def history_is_the_metrics(run: Run, run_dir: Path) -> None:
+    """Each step once, in order, with the losses of the run's own file."""
+    steps = [row["_step"] for row in run.history]
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    assert steps == sorted({row["step"] for row in rows})
+    told = {row["_step"]: row["loss"] for row in run.history if "loss" in row}
+    assert told == {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+def test_a_run_that_was_stopped_is_whole_on_the_server_when_it_ends(
+    number: int, corpus: Path, tmp_path: Path
+) -> None:
+    """Under one id: what a kill kept from the server is told it again, what it has is not."""
+    run_dir = tmp_path / "a"
+    args = overrides("data=text", f"data.path={corpus}", f"run_dir={run_dir}", "train.steps=300",
+                     "train.checkpoint_every=20", "train.eval_every=100", "train.stats_every=25",
+                     "wandb.mode=online")  # fmt: skip
+    with wandb_server() as server:
+        env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(tmp_path)}
+        process = subprocess.Popen(
+            program(*args), stdout=subprocess.DEVNULL, env={**os.environ, **env}
+        )
+        while not any(row["step"] >= 50 for row in read_jsonl(run_dir / "metrics.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(timeout=60) != 0
+        assert not (run_dir / "DONE").exists()
+        result = run_program(*args, **env)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        (run,) = server.runs.values()
+    assert run.finished
+    history_is_the_metrics(run, run_dir)
+    assert len([row for row in run.history if "sites/head/after/rms" in row]) == 13
+    assert run.history[-1]["sites/head/histogram"]["_type"] == "histogram"
+
+
+def test_wandb_sync_takes_an_offline_run_and_tells_nothing_of_the_machine(
+    corpus: Path, tmp_path: Path
+) -> None:
+    result = wandb_run(corpus, tmp_path / "a", "wandb.mode=offline", "norm=batch")
+    assert result.returncode == 0, result.stderr
+    (offline,) = (tmp_path / "a" / "wandb").glob("offline-run-*")
+    with wandb_server() as server:
+        env = {
+            **os.environ,
+            "WANDB_BASE_URL": server.url,
+            "WANDB_API_KEY": KEY,
+            "HOME": str(tmp_path),
+        }
+        command = [sys.executable, "-m", "wandb", "sync", str(offline)]
+        synced = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert synced.returncode == 0, synced.stderr
+        (run,) = server.runs.values()
+    history_is_the_metrics(run, tmp_path / "a")
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    for key in ("val_loss", "val_bpb", "norm", "placement", "batch_size", "leaky", "seed"):
+        assert run.summary[key] == summary[key], key
+    assert run.told["jobType"] == "train"
+    assert set(run.told["tags"]) == {"batch", "pre", "text"}
+    (table,) = (content for name, content in run.files.items() if "table" in name)
+    assert json.loads(table)["columns"] == ["step", "sample"]
+    assert "requirements.txt" not in run.files
+    everything = f"{run.told} {run.files}"
+    for secret in (os.uname().nodename + "'", str(tmp_path), str(REPO), KEY):
+        assert secret not in everything, everything[everything.index(secret) - 200 :][:400]
