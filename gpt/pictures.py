@@ -16,7 +16,6 @@ from matplotlib.ticker import NullFormatter
 
 from gpt.cells import Cell, interval, ordered, tuned
 from gpt.files import read_jsonl
-from gpt.results import depth_map
 
 COLUMNS = 3  # panels beside one another
 MAPS = 24  # cells with a map at most
@@ -106,9 +105,13 @@ def draw_depth(cells: list[Cell]) -> Figure | None:
     places = ordered({cell.context for cell in cells})
     for cell in sorted(cells, key=lambda c: (places.index(c.context), c.setting))[:MAPS]:
         rows = read_jsonl(Path(cell.runs[0]["run_dir"]) / "stats.jsonl")
-        depths, z = depth_map(rows, "residual", "after/rms", logarithmic=True)
-        if depths:
-            maps.append((cell, [row["step"] for row in rows], depths, np.array(z, float)))
+        rows = [row for row in rows if "residual" in row]
+        if rows:
+            depths = list(rows[0]["residual"])
+            values = [[row["residual"][d]["after"]["rms"] for row in rows] for d in depths]
+            with np.errstate(divide="ignore"):
+                z = np.log10(np.array(values, float))
+            maps.append((cell, [row["step"] for row in rows], depths, np.where(z > -9, z, np.nan)))
     if not maps:
         return None
     low = min(np.nanmin(z) for *_, z in maps)

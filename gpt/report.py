@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,10 @@ from gpt.cells import (
     ordered,
     tuned,
 )
-from gpt.files import read_jsonl
-from gpt.results import depth_map, read_config
+from gpt.files import flatten, read_jsonl
+from gpt.results import read_config
 
 MANY = 40  # cells with curves and heat maps of their own; tables and intervals have them all
-# What the heat maps show: group, key, and whether its scale is logarithmic.
-STATISTICS = (
-    ("residual", "after/rms", True),
-    ("residual", "after/kurtosis", True),
-    ("residual", "after/outliers", True),
-    ("residual", "angle", False),
-    ("residual", "grad_norm", True),
-    ("branches", "ratio", True),
-    ("attention", "max_logit", False),
-    ("attention", "entropy", False),
-    ("layers", "update_norm", True),
-)
 
 
 def show(value: float, half: float | None, digits: int = 4, sign: str = "") -> str:
@@ -91,7 +80,8 @@ def plain_words(cells: list[Cell], unfinished: int = 0) -> list[str]:
             "Each is compared at the learning rate that was best for it, chosen by these very "
             "losses, which flatters all of them a little."
         )
-    for cell in best:
+    contexts = ordered({cell.context for cell in best})
+    for cell in sorted(best, key=lambda c: (contexts.index(c.context), c.norm)):
         paired = difference(cell, cells)
         other = baseline(cell, cells)
         if not paired or other is None:
@@ -190,38 +180,30 @@ def figure_lr(cells: list[Cell]) -> go.Figure | None:
     return figure
 
 
-def figures_depth(cells: list[Cell]) -> list[go.Figure]:
-    """For each statistic a depth × step map of every cell's lowest seed, chosen in a menu."""
-    stats = [(c, read_jsonl(Path(c.runs[0]["run_dir"]) / "stats.jsonl")) for c in cells[:MANY]]
-    stats = [(cell, rows) for cell, rows in stats if rows]
-    figures = []
-    for group, key, logarithmic in STATISTICS:
-        figure = go.Figure()
-        for cell, rows in stats:
-            depths, z = depth_map(rows, group, key, logarithmic)
-            figure.add_heatmap(z=z, x=[row["step"] for row in rows], y=depths, name=cell.label,
-                               visible=not figure.data, colorscale="Viridis")  # fmt: skip
-        if not any(trace.y for trace in figure.data):
-            continue
-        shown = [v for trace in figure.data for line in trace.z for v in line if v is not None]
-        figure.update_traces(zmin=min(shown), zmax=max(shown))  # one scale, so that maps compare
-        name = f"{group}: {key.removeprefix('after/')}" + " (log₁₀)" * logarithmic
-        figure.update_layout(title=name, xaxis_title="step", updatemenus=[menu(stats)])
-        figures.append(figure)
-    return figures
+def depth_maps(cells: list[Cell]) -> dict[str, dict[str, Any]]:
+    """Every number in `stats.jsonl`, by name and cell, as a map of depth by step.
 
-
-def menu(stats: list[tuple[Cell, Any]]) -> dict[str, Any]:
-    """A choice of one cell's map."""
-    buttons = [
-        {
-            "label": cell.label,
-            "method": "update",
-            "args": [{"visible": [i == j for j in range(len(stats))]}],
-        }
-        for i, (cell, _) in enumerate(stats)
-    ]
-    return {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.25}
+    {"residual: after/rms": {"layer-pre-bs4": {"x": steps, "y": depths, "z": lines by depth}}}, of
+    each cell's lowest seed.
+    """
+    maps: dict[str, dict[str, Any]] = {}
+    for cell in cells[:MANY]:
+        rows = read_jsonl(Path(cell.runs[0]["run_dir"]) / "stats.jsonl")
+        steps = [row["step"] for row in rows]
+        for i, row in enumerate(rows):
+            for group in row.keys() - {"step"}:
+                for depth, entry in row[group].items():
+                    for key, value in flatten(entry, "/").items():
+                        if isinstance(value, list):
+                            continue  # a histogram: one step alone would be a map
+                        empty: dict[str, Any] = {"x": steps, "y": [], "z": []}
+                        drawn = maps.setdefault(f"{group}: {key}", {}).setdefault(cell.label, empty)
+                        if depth not in drawn["y"]:
+                            drawn["y"].append(depth)
+                            drawn["z"].append([None] * len(rows))
+                        line = drawn["z"][drawn["y"].index(depth)]
+                        line[i] = None if value is None else float(f"{value:.4g}")
+    return maps
 
 
 def differing(summaries: list[Summary]) -> tuple[list[str], list[list[str]], dict[str, Any]]:
@@ -254,41 +236,100 @@ def to_html(head: list[str], rows: list[list[str]]) -> str:
     return f"<table>{row(head, 'th')}{''.join(row(r, 'td') for r in rows)}</table>"
 
 
+# Two maps side by side, of any statistic in any two cells, on one scale.
+MAPS = """
+<p><select id="statistic"></select> <label><input type="checkbox" id="log"> log₁₀</label></p>
+<div class="pair"><div><select class="cell"></select><div class="map"></div></div>
+<div><select class="cell"></select><div class="map"></div></div></div>
+<script>
+const statistic = document.getElementById("statistic"), log = document.getElementById("log");
+const cells = [...document.querySelectorAll(".cell")], places = document.querySelectorAll(".map");
+const fill = (select, names) => select.replaceChildren(...names.map(name => new Option(name)));
+const numbers = z => z.flat().filter(v => v !== null);
+function choose() {
+  const chosen = cells.map(cell => cell.value), names = Object.keys(maps[statistic.value]);
+  cells.forEach((cell, i) => {
+    fill(cell, names);
+    cell.value = names.includes(chosen[i]) ? chosen[i] : names[Math.min(i, names.length - 1)];
+  });
+  const all = names.flatMap(name => numbers(maps[statistic.value][name].z));
+  const low = all.reduce((a, b) => Math.min(a, b)), high = all.reduce((a, b) => Math.max(a, b));
+  log.checked = low > 0 && high > 30 * low;
+  draw();
+}
+function draw() {
+  const scale = v => v === null ? null : !log.checked ? v : v > 0 ? Math.log10(v) : null;
+  const shown = cells.map(cell => maps[statistic.value][cell.value]);
+  const zs = shown.map(map => map.z.map(line => line.map(scale))), all = zs.flatMap(numbers);
+  shown.forEach((map, i) => Plotly.react(places[i], [{
+    type: "heatmap", x: map.x, y: map.y, z: zs[i], colorscale: "Viridis",
+    zmin: all.reduce((a, b) => Math.min(a, b), Infinity),
+    zmax: all.reduce((a, b) => Math.max(a, b), -Infinity),
+  }], {height: 420, margin: {t: 20, l: 90}, xaxis: {title: {text: "step"}}}, {responsive: true}));
+}
+fill(statistic, Object.keys(maps));
+statistic.onchange = choose; log.onchange = draw; cells.forEach(cell => cell.onchange = draw);
+if (maps["residual: after/rms"]) statistic.value = "residual: after/rms";
+if (statistic.value) choose();
+</script>
+"""
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
 th, td { border-bottom: 1px solid #ddd; padding: .3em .7em; text-align: left; white-space: nowrap }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em } select { max-width: 100% }
+"""
+
+
+def folded(head: str, content: str) -> str:
+    return f"<details><summary>{html.escape(head)}</summary>{content}</details>"
+
+
+def page(summaries: list[Summary], cells: list[Cell], title: str, unfinished: int) -> str:
+    """All of it as HTML that needs nothing but itself, plotly's script included."""
+    best, rows = tuned(cells), table(cells)
+    figures = [figure_losses(best), figure_curves(best), figure_lr(cells)]
+    plots = ""
+    for figure in figures:
+        if figure is not None:
+            figure.update_layout(template="plotly_white", height=460)
+            plots += figure.to_html(full_html=False, include_plotlyjs=not plots)
+    maps = json.dumps(depth_maps(best), separators=(",", ":"), sort_keys=True)
+    maps = maps.replace("<", "\\u003c")  # a name cannot end the script
+    values: dict[bool, list[list[str]]] = {True: [], False: []}
+    for row in rows:
+        values[row.get("best learning rate") != ""].append(list(row.values()))
+    results = to_html(list(rows[0]), values[True])
+    if values[False]:
+        results += folded("At other learning rates", to_html(list(rows[0]), values[False]))
+    varied, differences, same = differing(summaries)
+    runs = [[Path(s["run_dir"]).name, *d] for s, d in zip(summaries, differences, strict=True)]
+    common = [[key, str(value)] for key, value in same.items()]
+    words = "".join(f"<li>{html.escape(line)}</li>" for line in plain_words(cells, unfinished))
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<h2>In words</h2><ul>{words}</ul>
+<h2>Results</h2>{results}
+<h2>Curves</h2>{plots}
+<h2>By depth and step</h2><script>const maps = {maps};</script>{MAPS}
+<h2>Configurations</h2>
+{folded(f"What differs between the {len(runs)} runs", to_html(["run", *varied], runs))}
+{folded("What is the same in all", to_html(["key", "value"], common))}
+</body></html>
 """
 
 
 def write(summaries: list[Summary], folder: Path, title: str, unfinished: int = 0) -> list[Path]:
-    """`report.html`, which needs nothing but itself; its table as `table.csv`, `table.md`."""
+    """`report.html`, and its table as `table.csv` and `table.md`."""
     cells = make_cells(summaries)
-    best = tuned(cells)
     rows = table(cells)
-    drawn = [figure_losses(best), figure_curves(best), figure_lr(cells), *figures_depth(best)]
-    figures = [figure for figure in drawn if figure is not None]
-    for figure in figures:
-        figure.update_layout(template="plotly_white", height=460)
-    plots = [
-        f.to_html(full_html=False, include_plotlyjs="inline" if i == 0 else False)
-        for i, f in enumerate(figures)
-    ]
-    varied, values, same = differing(summaries)
-    runs = [[Path(s["run_dir"]).name, *v] for s, v in zip(summaries, values, strict=True)]
-    common = [[key, str(value)] for key, value in same.items()]
-    sentences = "".join(f"<li>{html.escape(line)}</li>" for line in plain_words(cells, unfinished))
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<h2>In words</h2><ul>{sentences}</ul>
-<h2>Results</h2>{to_html(list(rows[0]), [list(row.values()) for row in rows])}
-<h2>Curves</h2>{"".join(plots)}
-<h2>What differs between the runs</h2>{to_html(["run", *varied], runs)}
-<details><summary>What is the same in all</summary>{to_html(["key", "value"], common)}</details>
-</body></html>
-"""
-    contents = {"report.html": page, "table.csv": to_csv(rows), "table.md": to_markdown(rows)}
+    contents = {
+        "report.html": page(summaries, cells, title, unfinished),
+        "table.csv": to_csv(rows),
+        "table.md": to_markdown(rows),
+    }
     for name, text in contents.items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in contents]

@@ -89,26 +89,3 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[str]:
             label += f" text={str(s.get('corpus_sha256'))[:8]}"
         labels.append(label)
     return labels
-
-
-def depth_map(
-    rows: list[dict[str, Any]], group: str, key: str, logarithmic: bool
-) -> tuple[list[str], list[list[float | None]]]:
-    """Of a run's `stats.jsonl`: the depths with this statistic, and a line of steps for each."""
-    named = dict.fromkeys(d for row in rows for d in row.get(group, {}))
-    lines = {d: [look(row.get(group, {}).get(d, {}), key) for row in rows] for d in named}
-    lines = {d: line for d, line in lines.items() if any(v is not None for v in line)}
-    return list(lines), [[scaled(v, logarithmic) for v in line] for line in lines.values()]
-
-
-def look(entry: dict[str, Any], key: str) -> float | None:
-    value: Any = entry
-    for part in key.split("/"):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def scaled(value: float | None, logarithmic: bool) -> float | None:
-    if value is None or not logarithmic:
-        return value
-    return math.log10(value) if value > 0 else None

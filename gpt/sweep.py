@@ -22,7 +22,7 @@ from gpt.errors import UserError
 from gpt.files import read_json, read_jsonl
 from gpt.results import read_config
 
-SHOWN = 12  # lines of the table at most: what has begun, then what ended last
+SHOWN = 12  # lines of the table at most: what is running, then what ended last
 
 
 def count_cells(argv: list[str]) -> int | None:
@@ -80,12 +80,15 @@ def read_cell(run_dir: Path) -> Cell | None:
 
 
 def progress_table(folder: Path, total: int | None, started: float, done_before: float) -> Table:
-    """The cells below `folder`: begun first, then the newest; how many; the time left."""
+    """The cells below `folder`: running first, then the newest; how many; the time left."""
     cells = [c for path in folder.glob("*/config.yaml") if (c := read_cell(path.parent))]
     total = max(total, len(cells)) if total else None
-    running = [c for c in cells if c.state == "begun"]
+    begun = [c for c in cells if c.state == "begun"]
+    running = [c for c in begun if c.changed >= started]  # not those that a kill has left
     ended = sorted((c for c in cells if c.state != "begun"), key=lambda c: -c.changed)
-    title = f"{len(ended)} of {total or '?'} done, {len(running)} begun"
+    title = f"{len(ended)} of {total or '?'} done, {len(running)} running"
+    if len(begun) > len(running):
+        title += f", {len(begun) - len(running)} to resume"
     done = sum(c.done for c in cells)
     if cells and total and done > done_before:
         speed = (done - done_before) / (time.time() - started)

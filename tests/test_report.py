@@ -227,7 +227,8 @@ def test_the_page_needs_nothing_but_itself(folder: Path) -> None:
     assert "<script src" not in page
     assert "<link" not in page
     assert "<img" not in page.split("In words")[0]
-    assert page.count("plotly-graph-div") >= 3
+    assert page.count("plotly-graph-div") == 2
+    assert '"residual: after/rms":{"dummy-pre-bs4":{"x":[1],"y":["embd"],"z":[[1.0]]}' in page
 
 
 def test_a_browser_draws_it(folder: Path) -> None:
@@ -241,6 +242,7 @@ def test_a_browser_draws_it(folder: Path) -> None:
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.stdout.count('class="main-svg"') >= 3  # plotly has drawn
+    assert result.stdout.count('<g class="hm">') == 2  # a map for each of two cells
 
 
 def test_two_runs_are_compared_with_one_command(corpus: Path, tmp_path: Path) -> None:

@@ -168,8 +168,8 @@ def test_a_diverged_cell_is_a_result_and_is_not_run_again(corpus: Path, tmp_path
     ("argv", "count"),
     [
         (["-m", "norm=layer,rms", "placement=pre,post", "seed=1"], 4),
-        (["-m", "sweep=norms"], 216),
-        (["-m", "sweep=norms", "placement=pre", "seed=1"], 36),
+        (["-m", "sweep=norms"], 288),
+        (["-m", "sweep=norms", "placement=pre", "seed=1"], 48),
         (["-m", "sweep=seeds"], 10),
         (["-m", "norm=layer,rms", "hydra/sweeper=optuna"], None),
         (["-m", "norm=glob(batch*)"], None),
@@ -190,6 +190,9 @@ def test_the_live_table_follows_the_runs_files(corpus: Path, tmp_path: Path) -> 
     console = Console(width=100, file=io.StringIO())
     console.print(progress_table(folder, 4, time.time() - 60, done_before=0.0))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "2 of 4 done, 1 begun, about 1 min left" in shown
+    assert "2 of 4 done, 1 running, about 1 min left" in shown
     assert "1/2" in shown
-    assert shown.index("begun", 40) < shown.index("val loss")
+    assert shown.index("begun") < shown.index("val loss")
+    console.print(progress_table(folder, 4, time.time() + 9, done_before=0.0))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2 of 4 done, 0 running, 1 to resume" in shown  # a kill has left it
