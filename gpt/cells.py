@@ -129,6 +129,12 @@ def difference(cell: Cell, cells: list[Cell]) -> tuple[float, float | None, int]
     return (*interval(pairs), len(pairs)) if pairs else None
 
 
+def in_order(cells: list[Cell]) -> list[Cell]:
+    """By what they share with their baselines, then by norm."""
+    contexts = ordered({cell.context for cell in cells})
+    return sorted(cells, key=lambda c: (contexts.index(c.context), c.setting))
+
+
 def ordered(names: Iterable[str]) -> list[str]:
     """Sorted, numbers by their size: bs2 before bs16."""
 

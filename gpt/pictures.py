@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from gpt.cells import Cell, interval, ordered, tuned
+from gpt.cells import Cell, in_order, interval, ordered, tuned
 from gpt.files import read_jsonl
 
 COLUMNS = 3  # panels beside one another
@@ -102,8 +102,7 @@ def draw_lr(cells: list[Cell]) -> Figure | None:
 def draw_depth(cells: list[Cell]) -> Figure | None:
     """The residual stream's root mean square by depth and step, of each cell's lowest seed."""
     maps: list[tuple[Cell, list[int], list[str], Any]] = []
-    places = ordered({cell.context for cell in cells})
-    for cell in sorted(cells, key=lambda c: (places.index(c.context), c.setting))[:MAPS]:
+    for cell in in_order(cells)[:MAPS]:
         rows = read_jsonl(Path(cell.runs[0]["run_dir"]) / "stats.jsonl")
         rows = [row for row in rows if "residual" in row]
         if rows:

@@ -7,6 +7,8 @@ import html
 import io
 import json
 import math
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from gpt.cells import (
     Summary,
     baseline,
     difference,
+    in_order,
     interval,
     make_cells,
     ordered,
@@ -27,6 +30,20 @@ from gpt.files import flatten, read_jsonl
 from gpt.results import read_config
 
 MANY = 40  # cells with curves and heat maps of their own; tables and intervals have them all
+
+# Of the last row of `stats.jsonl`: a column's name, its group and key, and what of its depths.
+ACTIVATIONS: tuple[tuple[str, str, str, Callable[[list[float]], float]], ...] = (
+    ("stream rms at the embedding", "residual", "after/rms", itemgetter(0)),
+    ("after the last block", "residual", "after/rms", itemgetter(-1)),
+    ("its kurtosis", "residual", "after/kurtosis", itemgetter(-1)),
+    ("its variance between features", "residual", "after/outliers", itemgetter(-1)),
+    ("a block turns it by, least", "residual", "angle", min),
+    ("largest attention logit", "attention", "max_logit", max),
+    ("attention entropy, least", "attention", "entropy", min),
+    ("log Z", "output", "log_z", max),
+    ("tid_mean, largest", "sites", "tid_mean", max),
+    ("tid_std, largest", "sites", "tid_std", max),
+)
 
 
 def show(value: float, half: float | None, digits: int = 4, sign: str = "") -> str:
@@ -63,6 +80,22 @@ def table(cells: list[Cell]) -> list[dict[str, str]]:
     return [row for *_, row in sorted(rows, key=lambda r: r[:3])]
 
 
+def activations(cells: list[Cell]) -> list[dict[str, str]]:
+    """What the statistics were at a cell's end, one row a cell: means over its seeds."""
+    rows = []
+    for cell in cells:
+        stats = [read_jsonl(Path(run["run_dir"]) / "stats.jsonl") for run in cell.runs]
+        ends = [lines[-1] for lines in stats if lines]
+        row = {"cell": cell.label}
+        for name, group, key, pick in ACTIVATIONS:
+            depths = [[flatten(d, "/").get(key) for d in e.get(group, {}).values()] for e in ends]
+            there = [[v for v in values if v is not None] for values in depths]
+            picked = [pick(values) for values in there if values]
+            row[name] = f"{interval(picked)[0]:.4g}" if picked else ""
+        rows.append(row)
+    return rows
+
+
 def plain_words(cells: list[Cell], unfinished: int = 0) -> list[str]:
     """What the numbers show and what they do not, in sentences."""
     best = tuned(cells)
@@ -80,8 +113,7 @@ def plain_words(cells: list[Cell], unfinished: int = 0) -> list[str]:
             "Each is compared at the learning rate that was best for it, chosen by these very "
             "losses, which flatters all of them a little."
         )
-    contexts = ordered({cell.context for cell in best})
-    for cell in sorted(best, key=lambda c: (contexts.index(c.context), c.norm)):
+    for cell in in_order(best):
         paired = difference(cell, cells)
         other = baseline(cell, cells)
         if not paired or other is None:
@@ -303,6 +335,8 @@ def page(summaries: list[Summary], cells: list[Cell], title: str, unfinished: in
     results = to_html(list(rows[0]), values[True])
     if values[False]:
         results += folded("At other learning rates", to_html(list(rows[0]), values[False]))
+    inside = activations(in_order(best))
+    inner = to_html(list(inside[0]), [list(row.values()) for row in inside])
     varied, differences, same = differing(summaries)
     runs = [[Path(s["run_dir"]).name, *d] for s, d in zip(summaries, differences, strict=True)]
     common = [[key, str(value)] for key, value in same.items()]
@@ -313,6 +347,7 @@ def page(summaries: list[Summary], cells: list[Cell], title: str, unfinished: in
 <h2>In words</h2><ul>{words}</ul>
 <h2>Results</h2>{results}
 <h2>Curves</h2>{plots}
+<h2>Activations and attention at the end</h2>{inner}
 <h2>By depth and step</h2><script>const maps = {maps};</script>{MAPS}
 <h2>Configurations</h2>
 {folded(f"What differs between the {len(runs)} runs", to_html(["run", *varied], runs))}
@@ -322,13 +357,15 @@ def page(summaries: list[Summary], cells: list[Cell], title: str, unfinished: in
 
 
 def write(summaries: list[Summary], folder: Path, title: str, unfinished: int = 0) -> list[Path]:
-    """`report.html`, and its table as `table.csv` and `table.md`."""
+    """`report.html`, and its tables as CSV and Markdown."""
     cells = make_cells(summaries)
-    rows = table(cells)
+    rows, inside = table(cells), activations(in_order(tuned(cells)))
     contents = {
         "report.html": page(summaries, cells, title, unfinished),
         "table.csv": to_csv(rows),
         "table.md": to_markdown(rows),
+        "activations.csv": to_csv(inside),
+        "activations.md": to_markdown(inside),
     }
     for name, text in contents.items():
         (folder / name).write_text(text, encoding="utf-8")

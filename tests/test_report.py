@@ -93,7 +93,13 @@ def test_a_single_seed_may_be_chance(tmp_path: Path) -> None:
 def test_the_table_ranks_results_and_lists_the_others_last(folder: Path) -> None:
     summaries = load_summaries(folder)
     paths = report.write(summaries, folder, "a sweep")
-    assert [p.name for p in paths] == ["report.html", "table.csv", "table.md"]
+    assert [p.name for p in paths] == [
+        "report.html",
+        "table.csv",
+        "table.md",
+        "activations.csv",
+        "activations.md",
+    ]
     rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     names = [row["cell"].split("-")[0] for row in rows]
     assert names == ["rms", "layer", "dummy", "scale", "instance"]
@@ -196,6 +202,24 @@ def test_the_pictures_are_of_the_best_learning_rates_and_of_no_leak(folder: Path
 
 def test_names_are_ordered_by_the_size_of_their_numbers() -> None:
     assert ordered({"pre-bs16", "pre-bs2", "post-bs4"}) == ["post-bs4", "pre-bs2", "pre-bs16"]
+
+
+def test_activations_are_of_the_last_step_and_of_all_seeds(tmp_path: Path) -> None:
+    for seed, rms in ((1, 2.0), (2, 4.0)):
+        summary(tmp_path, "layer", seed, 3.0)
+        rows = [
+            {
+                "step": s,
+                "residual": {d: {"after": {"rms": x}} for d, x in (("embd", 1.0), ("h.0", y))},
+            }
+            for s, y in ((1, 9.0), (5, rms))
+        ]
+        path = tmp_path / f"layer-pre-bs4-s{seed}" / "stats.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,) = report.activations(make_cells(load_summaries(tmp_path)))
+    assert row["stream rms at the embedding"] == "1"
+    assert row["after the last block"] == "3"
+    assert row["largest attention logit"] == ""
 
 
 def test_a_run_counts_once_however_it_is_found(folder: Path) -> None:
