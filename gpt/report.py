@@ -22,7 +22,6 @@ from gpt.cells import (
     difference,
     in_order,
     interval,
-    make_cells,
     ordered,
     tuned,
 )
@@ -318,7 +317,7 @@ def folded(head: str, content: str) -> str:
     return f"<details><summary>{html.escape(head)}</summary>{content}</details>"
 
 
-def page(summaries: list[Summary], cells: list[Cell], title: str, unfinished: int) -> str:
+def page(cells: list[Cell], title: str, unfinished: int) -> str:
     """All of it as HTML that needs nothing but itself, plotly's script included."""
     best, rows = tuned(cells), table(cells)
     figures = [figure_losses(best), figure_curves(best), figure_lr(cells)]
@@ -337,6 +336,7 @@ def page(summaries: list[Summary], cells: list[Cell], title: str, unfinished: in
         results += folded("At other learning rates", to_html(list(rows[0]), values[False]))
     inside = activations(in_order(best))
     inner = to_html(list(inside[0]), [list(row.values()) for row in inside])
+    summaries = [run for cell in cells for run in cell.runs]
     varied, differences, same = differing(summaries)
     runs = [[Path(s["run_dir"]).name, *d] for s, d in zip(summaries, differences, strict=True)]
     common = [[key, str(value)] for key, value in same.items()]
@@ -356,12 +356,11 @@ def page(summaries: list[Summary], cells: list[Cell], title: str, unfinished: in
 """
 
 
-def write(summaries: list[Summary], folder: Path, title: str, unfinished: int = 0) -> list[Path]:
+def write(cells: list[Cell], folder: Path, title: str, unfinished: int = 0) -> list[Path]:
     """`report.html`, and its tables as CSV and Markdown."""
-    cells = make_cells(summaries)
     rows, inside = table(cells), activations(in_order(tuned(cells)))
     contents = {
-        "report.html": page(summaries, cells, title, unfinished),
+        "report.html": page(cells, title, unfinished),
         "table.csv": to_csv(rows),
         "table.md": to_markdown(rows),
         "activations.csv": to_csv(inside),

@@ -74,16 +74,22 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[str]:
     configs = [read_config(s["run_dir"]) for s in summaries]
     named = {"norm.name", "placement.name", "train.batch_size", "seed", "run_dir"}
     texts = {s.get("corpus_sha256") for s in summaries}  # another Python has another pydoc
+    keys = sorted({key for config in configs for key in config} - named - UNSEEN)
+
+    def group(config: dict[str, Any], key: str) -> tuple[str, Any]:
+        """A norm's eps differs from another norm's: only runs of the same norm are compared."""
+        name = key.split(".")[0] + ".name"
+        return key, config.get(name) if name in named else None
+
+    values: dict[tuple[str, Any], set[str]] = {}
+    for config in filter(None, configs):
+        for key in keys:
+            values.setdefault(group(config, key), set()).add(str(config.get(key)))
     labels = []
     for s, config in zip(summaries, configs, strict=True):
         label = f"{s['norm']}-{s['placement']}-bs{s['batch_size']}-s{s['seed']}"
-        for key in sorted(config.keys() - named - UNSEEN):
-            # A norm's eps differs from another norm's: only runs of the same norm are compared.
-            group = key.split(".")[0] + ".name"
-            like = [c for c in configs if c]
-            if group in named:
-                like = [c for c in like if c.get(group) == config[group]]
-            if any(c.get(key) != config[key] for c in like):
+        for key in keys:
+            if key in config and len(values[group(config, key)]) > 1:
                 label += f" {key}={config[key]}"
         if len(texts) > 1:
             label += f" text={str(s.get('corpus_sha256'))[:8]}"

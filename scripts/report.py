@@ -24,15 +24,17 @@ def main() -> None:
     summaries = load_summaries(*folders)
     if not summaries:
         raise MissingInput(f"{folders[0]}: no finished run below it")
-    from gpt import cells, pictures, report  # plotly, matplotlib and scipy take seconds
+    from gpt import pictures, report  # plotly, matplotlib and scipy take seconds
+    from gpt.cells import make_cells
 
     print_table(summaries)
     title = " and ".join(str(folder) for folder in folders)
     left = unfinished(*folders)
     if left:
         print(f"runs that are not finished, and not in here: {left}")
-    paths = report.write(summaries, folders[0], title, left)
-    for path in [*paths, *pictures.draw(cells.make_cells(summaries), folders[0])]:
+    cells = make_cells(summaries)
+    paths = report.write(cells, folders[0], title, left)
+    for path in [*paths, *pictures.draw(cells, folders[0])]:
         print(path)
 
 

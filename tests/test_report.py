@@ -92,7 +92,7 @@ def test_a_single_seed_may_be_chance(tmp_path: Path) -> None:
 
 def test_the_table_ranks_results_and_lists_the_others_last(folder: Path) -> None:
     summaries = load_summaries(folder)
-    paths = report.write(summaries, folder, "a sweep")
+    paths = report.write(make_cells(summaries), folder, "a sweep")
     assert [p.name for p in paths] == [
         "report.html",
         "table.csv",
@@ -245,7 +245,7 @@ def test_a_damaged_configuration_is_one_line(folder: Path) -> None:
 
 
 def test_the_page_needs_nothing_but_itself(folder: Path) -> None:
-    report.write(load_summaries(folder), folder, "a <sweep>")
+    report.write(make_cells(load_summaries(folder)), folder, "a <sweep>")
     page = (folder / "report.html").read_text()
     assert "<title>a &lt;sweep&gt;</title>" in page
     assert "<script src" not in page
@@ -259,7 +259,7 @@ def test_a_browser_draws_it(folder: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no browser on this machine")
-    report.write(load_summaries(folder), folder, "a sweep")
+    report.write(make_cells(load_summaries(folder)), folder, "a sweep")
     result = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
          "--dump-dom", (folder / "report.html").as_uri()],
