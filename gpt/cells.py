@@ -9,31 +9,62 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from scipy.stats import t as student
 
-from gpt.results import distinguish, read_config
+from gpt.results import distinguish, label, read_config
 
 Summary = dict[str, Any]
-BASELINE = "layer"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What cells are compared with: those with this value of this key, all else being equal."""
+
+    key: str = "norm"
+    value: str = "layer"
+
+    def is_it(self, cell: Cell) -> bool:
+        value = cell.traits.get(self.key)
+        with suppress(ValueError, TypeError):
+            return float(value) == float(self.value)  # type: ignore[arg-type]
+        return str(value) == self.value
 
 
 @dataclass(frozen=True)
 class Cell:
     """Runs that differ in their seed alone.
 
-    context: what its baseline shares with it. setting: its label without the learning rate.
-    rates: the learning rates that were tried in its setting, of which `tuned` took its own.
+    traits: what tells it from other cells. rates: the learning rates that were tried, of which
+    `tuned` took its own.
     """
 
-    label: str
-    setting: str
-    context: str
-    norm: str
+    traits: dict[str, Any]
     runs: list[Summary]
     rates: tuple[float, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return label(self.traits)
+
+    @property
+    def setting(self) -> str:
+        """Its label, whatever its learning rate."""
+        return label(without(self.traits, "optim.lr"))
+
+    @property
+    def norm(self) -> str:
+        """The norm, with its options where they differ."""
+        swapped = ("norm", "init.swap_norm")
+        return label({k: v for k, v in self.traits.items() if k.startswith(swapped)})
+
+    @property
+    def context(self) -> str:
+        """Its label, whatever its norm and its learning rate."""
+        return label(without(self.traits, "optim.lr", "norm"))
 
     @property
     def leaky(self) -> bool:
@@ -45,6 +76,7 @@ class Cell:
         """The peak learning rate; NaN where the configuration is not there."""
         return float(read_config(self.runs[0]["run_dir"]).get("optim.lr", math.nan))
 
+    @property
     def losses(self) -> dict[int, float]:
         """Validation loss by seed, of runs that came to an end."""
         good = [r for r in self.runs if "diverged_at" not in r and r["val_loss"] is not None]
@@ -52,42 +84,50 @@ class Cell:
 
 
 def make_cells(summaries: list[Summary]) -> list[Cell]:
-    """Of runs with equal seeds in one cell the first is taken."""
-    labels = distinguish(summaries)
-    grouped: dict[str, dict[int, Summary]] = {}
-    for summary, label in zip(summaries, labels, strict=True):
-        seeds = grouped.setdefault(label.replace(f"-s{summary['seed']}", "", 1), {})
-        seeds.setdefault(summary["seed"], summary)
-    cells = []
-    for label, seeds in grouped.items():
-        runs = [seeds[seed] for seed in sorted(seeds)]
-        norm = runs[0]["norm"]
-        setting = [w for w in label.split() if not w.startswith("optim.lr=")]
-        # What says which norm it is, is no part of what its baseline shares with it.
-        words = [setting[0].removeprefix(f"{norm}-"), *setting[1:]]
-        context = [w for w in words if not w.startswith(("norm.", "init.swap_norm="))]
-        cells.append(Cell(label, " ".join(setting), " ".join(context), norm, runs))
-    return cells
+    """Of runs that are equal in all, the seed too, one is taken, whatever its loss."""
+    grouped: dict[str, Cell] = {}
+    seen: set[tuple[str, int]] = set()
+    pairs = zip(summaries, distinguish(summaries), strict=True)
+    for summary, traits in sorted(pairs, key=lambda p: (p[0]["seed"], p[0]["run_dir"])):
+        cell = Cell(without(traits, "seed"), [])
+        if (cell.label, summary["seed"]) not in seen:
+            grouped.setdefault(cell.label, cell).runs.append(summary)
+            seen.add((cell.label, summary["seed"]))
+    return list(grouped.values())
+
+
+def without(traits: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Less these keys and the options below them: `norm` takes `norm.eps` along."""
+    swapped = ("init.swap_norm",) if "norm" in keys else ()
+    below = tuple(f"{key}." for key in keys)
+    gone = {*keys, *swapped}
+    return {k: v for k, v in traits.items() if k not in gone and not k.startswith(below)}
 
 
 def tuned(cells: list[Cell]) -> list[Cell]:
     """Of the cells that differ in `optim.lr` alone the best, so that none loses for another's rate.
 
-    Best is the lowest mean validation loss over seeds, among those of which most seeds came to an
-    end.
+    The best has the fewest diverged runs, then the lowest mean validation loss, over those seeds
+    that all of them have, if there are any.
     """
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:
         grouped.setdefault(cell.setting, []).append(cell)
-
-    def rank(cell: Cell) -> tuple[int, float]:
-        losses = cell.losses()
-        return -len(losses), interval(losses.values())[0] if losses else math.inf
-
     return [
-        replace(min(group, key=rank), rates=tuple(sorted(cell.lr for cell in group)))
+        replace(best_of(group), rates=tuple(sorted(cell.lr for cell in group)))
         for group in grouped.values()
     ]
+
+
+def best_of(cells: list[Cell]) -> Cell:
+    common = set.intersection(*({run["seed"] for run in cell.runs} for cell in cells))
+
+    def rank(cell: Cell) -> tuple[float, float]:
+        ended = cell.losses
+        losses = [ended[seed] for seed in common & ended.keys()] or list(ended.values())
+        return 1 - len(ended) / len(cell.runs), interval(losses)[0] if losses else math.inf
+
+    return min(cells, key=rank)
 
 
 def interval(values: Iterable[float]) -> tuple[float, float | None]:
@@ -100,46 +140,47 @@ def interval(values: Iterable[float]) -> tuple[float, float | None]:
     return mean, float(student.ppf(0.975, len(xs) - 1)) * math.sqrt(variance / len(xs))
 
 
-def baseline(cell: Cell, cells: list[Cell]) -> Cell | None:
-    """The `layer` cell, at its best learning rate, that differs in nothing else but the norm.
+def baseline(cell: Cell, cells: list[Cell], versus: Baseline) -> Cell | None:
+    """The cell to compare with, at its best learning rate, that differs in nothing but the key.
 
     None where there is none, or several.
     """
-    if cell.norm == BASELINE or cell.leaky:
+    if versus.is_it(cell) or cell.leaky:
         return None
     mine = read_config(cell.runs[0]["run_dir"])
 
+    def rest(c: Cell) -> str:
+        return label(without(c.traits, "optim.lr", versus.key))
+
     def agrees(other: Cell) -> bool:
+        """Two norms' common options, such as eps, are equal."""
         theirs = read_config(other.runs[0]["run_dir"])
         shared = [k for k in mine.keys() & theirs.keys() if k.startswith("norm.")]
         return all(mine[k] == theirs[k] for k in shared if k != "norm.name")
 
-    found = [c for c in cells if c.norm == BASELINE and c.context == cell.context and not c.leaky]
+    found = [c for c in cells if versus.is_it(c) and not c.leaky and rest(c) == rest(cell)]
     found = [c for c in tuned(found) if agrees(c)] or tuned(found)
     return found[0] if len(found) == 1 else None
 
 
-def difference(cell: Cell, cells: list[Cell]) -> tuple[float, float | None, int] | None:
-    """Validation loss minus the baseline's at the same seeds: mean, half width, number of pairs."""
-    other = baseline(cell, cells)
-    if other is None:
-        return None
-    ours, theirs = cell.losses(), other.losses()
+def difference(cell: Cell, other: Cell) -> tuple[float, float | None, int] | None:
+    """Its validation loss minus the other's at the same seeds: mean, half width, pairs."""
+    ours, theirs = cell.losses, other.losses
     pairs = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
     return (*interval(pairs), len(pairs)) if pairs else None
 
 
 def in_order(cells: list[Cell]) -> list[Cell]:
-    """By what they share with their baselines, then by norm."""
+    """By what they share with other norms, then by norm."""
     contexts = ordered({cell.context for cell in cells})
     return sorted(cells, key=lambda c: (contexts.index(c.context), c.setting))
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Sorted, numbers by their size: bs2 before bs16."""
+    """Sorted, numbers by their size: bs2 before bs16, 3e-4 before 0.001."""
 
-    def key(name: str) -> list[tuple[int, str]]:
-        pieces = re.split(r"(\d+)", name)
-        return [(int(p), "") if p.isdigit() else (-1, p) for p in pieces]
+    def key(name: str) -> list[tuple[float, str]]:
+        pieces = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", name)
+        return [(float(p), "") if i % 2 else (-1.0, p) for i, p in enumerate(pieces)]
 
     return sorted(names, key=key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,11 +42,12 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on CUDA; else the process's largest size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):
+    with suppress(OSError, IndexError):  # Linux alone has it, and not everywhere
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     if resource is None:
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def precision(device: torch.device, dtype: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import uuid
 import warnings
@@ -92,6 +93,7 @@ class Wandb:
 
     def __init__(self, run_dir: Path, cfg: Config) -> None:
         self.run: Any = None
+        self.was_synced = False
         disabled = "disabled" in (cfg.wandb.mode, os.environ.get("WANDB_MODE"))
         if rank() == 0 and not disabled:
             self.attempt(lambda: self.start(run_dir, cfg))
@@ -107,6 +109,12 @@ class Wandb:
         id_file = run_dir / "wandb_id"  # a resumed run goes on under its own id
         if not id_file.exists():
             write_atomically(id_file, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:16])
+        if mode == "offline":  # what a kill has left there, the run's own files tell again
+            for old in (run_dir / "wandb").glob("offline-run-*"):
+                if any(old.glob("*.synced")):
+                    self.was_synced = True
+                else:
+                    shutil.rmtree(old)
         # Only what describes the experiment, by name: no paths, no environment.
         config = {k: v for k, v in asdict(cfg).items() if k in TOLD}
         config["norm"] = {k: v for k, v in cfg.norm.items() if k != "module"}
@@ -142,8 +150,8 @@ class Wandb:
         self.attempt(lambda: self.run and self.run.log(row, step=step))
 
     def catch_up(self, metrics: list[dict[str, Any]], stats: list[dict[str, Any]]) -> None:
-        """Tell a server what it has not got of a run that was killed."""
-        if self.run is None or self.run.offline:
+        """Tell wandb what it has not got of a run that was killed."""
+        if self.run is None or (self.run.offline and self.was_synced):
             return
         rows: list[Any] = [(row["step"], row, self.log) for row in metrics]
         rows += [(row["step"], row, self.stats) for row in stats]

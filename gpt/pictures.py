@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ MAPS = 24  # cells with a map at most
 def draw(cells: list[Cell], folder: Path) -> list[Path]:
     """`losses.png`, `curves.png`, `depth.png`, and `lr.png` where there are several rates."""
     cells = [cell for cell in cells if not cell.leaky]
+    if not cells:
+        return []
     best = tuned(cells)
     figures = {
         "losses": draw_losses(best),
@@ -42,7 +45,7 @@ def draw(cells: list[Cell], folder: Path) -> list[Path]:
 
 def draw_losses(cells: list[Cell]) -> Figure | None:
     """Final validation loss with its 95% interval over seeds: norms beside one another."""
-    cells = [cell for cell in cells if cell.losses()]
+    cells = [cell for cell in cells if cell.losses]
     if not cells:
         return None
     contexts, styles = ordered({c.context for c in cells}), norm_styles(cells)
@@ -51,8 +54,8 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
         mine = [cell for cell in cells if cell.norm == norm]
         shift = 0.5 * (i - (len(styles) - 1) / 2) / len(styles)
         xs = [contexts.index(cell.context) + shift for cell in mine]
-        means, halves = zip(*(interval(c.losses().values()) for c in mine), strict=True)
-        errors = [half or 0.0 for half in halves]
+        means, halves = zip(*(interval(c.losses.values()) for c in mine), strict=True)
+        errors = [math.nan if half is None else half for half in halves]
         axis.errorbar(xs, means, errors, fmt="o", capsize=3, color=style["color"], label=norm)
     axis.set_xticks(range(len(contexts)), [c.replace(" ", "\n") for c in contexts])
     axis.set_ylabel("validation loss, nats a token")
@@ -78,16 +81,16 @@ def draw_curves(cells: list[Cell]) -> Figure:
 
 def draw_lr(cells: list[Cell]) -> Figure | None:
     """Final validation loss by peak learning rate, with 95% intervals over seeds."""
-    cells = [cell for cell in cells if cell.losses() and cell.lr > 0]
+    cells = [cell for cell in cells if cell.losses and cell.lr > 0]
     if len({cell.lr for cell in cells}) < 2:
         return None
     figure, panels, styles = panels_by_context(cells)
     for setting in dict.fromkeys(cell.setting for cell in cells):
         mine = sorted((c for c in cells if c.setting == setting), key=lambda c: c.lr)
-        means, halves = zip(*(interval(c.losses().values()) for c in mine), strict=True)
+        means, halves = zip(*(interval(c.losses.values()) for c in mine), strict=True)
         style = styles[mine[0].norm]
         panels[mine[0].context].errorbar(
-            [c.lr for c in mine], means, [h or 0.0 for h in halves],
+            [c.lr for c in mine], means, [math.nan if h is None else h for h in halves],
             label=mine[0].norm, capsize=3, **style,
         )  # fmt: skip
     for axis in panels.values():
@@ -123,14 +126,14 @@ def draw_depth(cells: list[Cell]) -> Figure | None:
     for axis in axes.flat[len(maps) :]:
         axis.set_visible(False)
     for axis, (cell, steps, depths, z) in zip(axes.flat, maps, strict=False):
-        mesh = axis.pcolormesh(range(len(steps)), range(len(depths)), z, vmin=low, vmax=high)
-        axis.set_title(cell.setting, fontsize=8)
+        drawn = axis.imshow(z, vmin=low, vmax=high, aspect="auto", origin="lower")
+        axis.set_title(cell.label, fontsize=8)
         shown = range(0, len(depths), -(-len(depths) // 6))
         axis.set_yticks(list(shown), [depths[i] for i in shown], fontsize=7)
         ends = [0, len(steps) - 1]
         axis.set_xticks(ends, [f"step {steps[i]}" for i in ends], fontsize=7)
-    label = "log₁₀ of the residual stream's root mean square"
-    figure.colorbar(mesh, ax=axes, label=label, shrink=0.8)
+    label = "log₁₀ of the stream's rms"
+    figure.colorbar(drawn, ax=axes, label=label)
     return figure
 
 

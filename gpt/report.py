@@ -7,7 +7,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from gpt.cells import (
-    BASELINE,
+    Baseline,
     Cell,
     Summary,
     baseline,
@@ -50,27 +50,28 @@ def show(value: float, half: float | None, digits: int = 4, sign: str = "") -> s
     return text if half is None else f"{text} ± {half:.{digits}f}"
 
 
-def table(cells: list[Cell]) -> list[dict[str, str]]:
+def table(cells: list[Cell], versus: Baseline) -> list[dict[str, str]]:
     """One row a cell, best first; what is not a result comes last."""
     best = {cell.label for cell in tuned(cells)}
     rows = []
     for cell in cells:
-        first, losses = cell.runs[0], cell.losses()
+        first, losses = cell.runs[0], cell.losses
         row = {"cell": cell.label, "seeds": f"{len(losses)} of {len(cell.runs)}"}
         if len(best) < len(cells):
             row["best learning rate"] = "yes" if cell.label in best else ""
-        diverged = [r for r in cell.runs if "diverged_at" in r]
         row["val loss"] = show(*interval(losses.values())) if losses else ""
+        diverged = ", ".join(str(r["diverged_at"]) for r in cell.runs if "diverged_at" in r)
         if diverged:
-            steps = ", ".join(str(r["diverged_at"]) for r in diverged)
-            row["val loss"] += f" ({len(diverged)} diverged at step {steps})".replace("  ", " ")
+            row["val loss"] += f"{' ' * bool(losses)}(diverged at step {diverged})"
         bpb = [r["val_bpb"] for r in cell.runs if "diverged_at" not in r and r["seed"] in losses]
         row["bits/byte"] = show(*interval(bpb)) if bpb else ""
-        paired = difference(cell, cells)
-        row[f"minus {BASELINE}"] = show(*paired[:2], sign="+") if paired else ""
+        other = baseline(cell, cells, versus)
+        paired = difference(cell, other) if other else None
+        row[f"minus {versus.value}'s best"] = show(*paired[:2], sign="+") if paired else ""
         row["pairs"] = str(paired[2]) if paired else ""
         row["tokens/s"] = f"{interval(r['tokens_per_s'] for r in cell.runs)[0]:,.0f}"
-        row["peak memory"] = f"{max(r['peak_memory'] for r in cell.runs) / 2**20:,.0f} MiB"
+        # The least: what a process keeps of cells before it, counts too.
+        row["peak memory"] = f"{min(r['peak_memory'] for r in cell.runs) / 2**20:,.0f} MiB"
         row["parameters"] = f"{first['params']:,}"
         row["sees in training"] = " and ".join(first["sees_in_training"]) or "its past"
         row["sees in evaluation"] = " and ".join(first["sees_in_evaluation"]) or "its past"
@@ -95,40 +96,47 @@ def activations(cells: list[Cell]) -> list[dict[str, str]]:
     return rows
 
 
-def plain_words(cells: list[Cell], unfinished: int = 0) -> list[str]:
+def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
     """What the numbers show and what they do not, in sentences."""
     best = tuned(cells)
-    lines = [f"Runs that are not finished, and not in here: {unfinished}."] if unfinished else []
-    whole = [c for c in best if len(c.losses()) == len(c.runs) and not c.leaky]
+    lines = []
+    whole = [c for c in best if len(c.losses) == len(c.runs) and not c.leaky]
     units = {(r["tokenizer"], r["corpus_sha256"]) for c in cells for r in c.runs}
     if len(units) > 1:
         lines.append("Tokenizers or texts differ: only bits a byte compare across them.")
     elif whole:
-        first = min(whole, key=lambda c: interval(c.losses().values())[0])
-        lowest = show(*interval(first.losses().values()))
+        first = min(whole, key=lambda c: interval(c.losses.values())[0])
+        lowest = show(*interval(first.losses.values()))
         lines.append(f"The lowest validation loss is {first.label}'s: {lowest} nats a token.")
     if len(best) < len(cells):
         lines.append(
             "Each is compared at the learning rate that was best for it, chosen by these very "
-            "losses, which flatters all of them a little."
+            "losses, which flatters it a little."
         )
+    alone = []
     for cell in in_order(best):
-        paired = difference(cell, cells)
-        other = baseline(cell, cells)
+        other = baseline(cell, cells, versus)
+        paired = difference(cell, other) if other else None
         if not paired or other is None:
+            if not versus.is_it(cell) and not cell.leaky:
+                alone.append(cell.label)
             continue
         mean, half, pairs = paired
-        where = f"{cell.label} against {other.label}: {show(mean, half, sign='+')} nats"
+        line = f"{cell.label} against {other.label}: {show(mean, half, sign='+')} nats"
         if half is None:
-            lines.append(f"{where}, of one seed: it may be chance.")
+            line += ", of one seed: it may be chance."
         elif abs(mean) > half:
-            lines.append(
-                f"{where} over {pairs} seeds: {'worse' if mean > 0 else 'better'} beyond chance."
-            )
+            line += f" over {pairs} seeds: {'worse' if mean > 0 else 'better'} beyond chance."
         else:
-            lines.append(f"{where} over {pairs} seeds: no difference that these seeds can tell.")
+            line += f" over {pairs} seeds: no difference that these seeds can tell."
+        if cell.rates != other.rates:
+            line += f" Its rates were {len(cell.rates)}, the other's {len(other.rates)}: not alike."
+        lines.append(line)
+    if alone:
+        lines.append(f"Without a {versus.key}={versus.value} to compare with: {', '.join(alone)}.")
     for end, word in ((0, "lowest"), (-1, "highest")):
-        edge = [c.label for c in best if len(c.rates) > 1 and c.lr == c.rates[end]]
+        tried = [c for c in best if len(c.rates) > 1 and c.losses and not c.leaky]
+        edge = [c.label for c in tried if c.lr == c.rates[end]]
         if edge:
             lines.append(
                 f"Best at the {word} learning rate that was tried, so that one beyond may be "
@@ -138,6 +146,10 @@ def plain_words(cells: list[Cell], unfinished: int = 0) -> list[str]:
         diverged = [r for r in cell.runs if "diverged_at" in r]
         if diverged:
             lines.append(f"{cell.label}: {len(diverged)} of {len(cell.runs)} runs diverged.")
+    if len({r["device"].split(":")[0] for c in cells for r in c.runs}) > 1:
+        lines.append("Devices differ, and with them rounding, perhaps the precision.")
+    if len(best) > MANY:
+        lines.append(f"Curves and maps show the first {MANY} of {len(best)}.")
     leaky = [c.label for c in cells if c.leaky]
     if leaky:
         lines.append(f"No result, for evaluation sees what it must not: {', '.join(leaky)}.")
@@ -152,19 +164,15 @@ def plain_words(cells: list[Cell], unfinished: int = 0) -> list[str]:
 
 def figure_losses(cells: list[Cell]) -> go.Figure:
     """Final validation loss, a panel for each context, a point a norm, with its interval."""
-    shown = [c for c in cells if c.losses() and not c.leaky]
+    shown = [c for c in cells if c.losses and not c.leaky]
     figure = go.Figure()
     for norm in sorted({c.norm for c in shown}):
-        mine = [(c.context, *interval(c.losses().values())) for c in shown if c.norm == norm]
+        mine = [(c.context, *interval(c.losses.values())) for c in shown if c.norm == norm]
         contexts, means, halves = zip(*mine, strict=True)
         bars = {"array": list(halves)}
         figure.add_scatter(x=contexts, y=means, error_y=bars, mode="markers", name=norm)
     figure.update_xaxes(categoryorder="array", categoryarray=ordered({c.context for c in shown}))
     figure.update_traces(marker_size=9)
-    if shown:
-        values = [loss for c in shown for loss in c.losses().values()]
-        margin = 0.1 * (max(values) - min(values)) + 0.01
-        figure.update_yaxes(range=[min(values) - margin, max(values) + margin])
     title = "Final validation loss, 95% intervals over seeds"
     figure.update_layout(title=title, scattermode="group", yaxis_title="nats a token")
     return figure
@@ -196,8 +204,8 @@ def figure_lr(cells: list[Cell]) -> go.Figure | None:
     """Validation loss by learning rate, where there are several: how much each norm minds it."""
     lines: dict[str, list[tuple[float, float, float | None]]] = {}
     for cell in cells:
-        if cell.losses() and not cell.leaky and math.isfinite(cell.lr):
-            point = (cell.lr, *interval(cell.losses().values()))
+        if cell.losses and not cell.leaky and math.isfinite(cell.lr):
+            point = (cell.lr, *interval(cell.losses.values()))
             lines.setdefault(cell.setting, []).append(point)
     if not any(len(points) > 1 for points in lines.values()):
         return None
@@ -257,7 +265,8 @@ def to_csv(rows: list[dict[str, str]]) -> str:
 
 def to_markdown(rows: list[dict[str, str]]) -> str:
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def to_html(head: list[str], rows: list[list[str]]) -> str:
@@ -276,6 +285,8 @@ MAPS = """
 const statistic = document.getElementById("statistic"), log = document.getElementById("log");
 const cells = [...document.querySelectorAll(".cell")], places = document.querySelectorAll(".map");
 const fill = (select, names) => select.replaceChildren(...names.map(name => new Option(name)));
+const least = all => all.reduce((a, b) => Math.min(a, b), Infinity);
+const most = all => all.reduce((a, b) => Math.max(a, b), -Infinity);
 const numbers = z => z.flat().filter(v => v !== null);
 function choose() {
   const chosen = cells.map(cell => cell.value), names = Object.keys(maps[statistic.value]);
@@ -284,7 +295,7 @@ function choose() {
     cell.value = names.includes(chosen[i]) ? chosen[i] : names[Math.min(i, names.length - 1)];
   });
   const all = names.flatMap(name => numbers(maps[statistic.value][name].z));
-  const low = all.reduce((a, b) => Math.min(a, b)), high = all.reduce((a, b) => Math.max(a, b));
+  const low = least(all), high = most(all);
   log.checked = low > 0 && high > 30 * low;
   draw();
 }
@@ -294,8 +305,7 @@ function draw() {
   const zs = shown.map(map => map.z.map(line => line.map(scale))), all = zs.flatMap(numbers);
   shown.forEach((map, i) => Plotly.react(places[i], [{
     type: "heatmap", x: map.x, y: map.y, z: zs[i], colorscale: "Viridis",
-    zmin: all.reduce((a, b) => Math.min(a, b), Infinity),
-    zmax: all.reduce((a, b) => Math.max(a, b), -Infinity),
+    zmin: least(all), zmax: most(all),
   }], {height: 420, margin: {t: 20, l: 90}, xaxis: {title: {text: "step"}}}, {responsive: true}));
 }
 fill(statistic, Object.keys(maps));
@@ -317,9 +327,9 @@ def folded(head: str, content: str) -> str:
     return f"<details><summary>{html.escape(head)}</summary>{content}</details>"
 
 
-def page(cells: list[Cell], title: str, unfinished: int) -> str:
+def page(cells: list[Cell], title: str, versus: Baseline, notes: Sequence[str]) -> str:
     """All of it as HTML that needs nothing but itself, plotly's script included."""
-    best, rows = tuned(cells), table(cells)
+    best, rows = tuned(cells), table(cells, versus)
     figures = [figure_losses(best), figure_curves(best), figure_lr(cells)]
     plots = ""
     for figure in figures:
@@ -340,7 +350,9 @@ def page(cells: list[Cell], title: str, unfinished: int) -> str:
     varied, differences, same = differing(summaries)
     runs = [[Path(s["run_dir"]).name, *d] for s, d in zip(summaries, differences, strict=True)]
     common = [[key, str(value)] for key, value in same.items()]
-    words = "".join(f"<li>{html.escape(line)}</li>" for line in plain_words(cells, unfinished))
+    words = "".join(
+        f"<li>{html.escape(line)}</li>" for line in [*notes, *plain_words(cells, versus)]
+    )
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
@@ -356,11 +368,17 @@ def page(cells: list[Cell], title: str, unfinished: int) -> str:
 """
 
 
-def write(cells: list[Cell], folder: Path, title: str, unfinished: int = 0) -> list[Path]:
-    """`report.html`, and its tables as CSV and Markdown."""
-    rows, inside = table(cells), activations(in_order(tuned(cells)))
+def write(
+    cells: list[Cell],
+    folder: Path,
+    title: str,
+    versus: Baseline = Baseline(),  # noqa: B008, it is frozen
+    notes: Sequence[str] = (),
+) -> list[Path]:
+    """`report.html`, and its tables as CSV and Markdown. notes: sentences to begin with."""
+    rows, inside = table(cells, versus), activations(in_order(tuned(cells)))
     contents = {
-        "report.html": page(cells, title, unfinished),
+        "report.html": page(cells, title, versus, notes),
         "table.csv": to_csv(rows),
         "table.md": to_markdown(rows),
         "activations.csv": to_csv(inside),

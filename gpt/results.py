@@ -36,13 +36,13 @@ def load_summaries(*folders: Path) -> list[dict[str, Any]]:
 
 def unfinished(*folders: Path) -> int:
     """How many runs below `folders` have begun and not ended."""
-    paths = {path.resolve() for folder in folders for path in folder.rglob("config.yaml")}
+    paths = {path.resolve() for folder in folders for path in folder.rglob("metrics.jsonl")}
     return sum(not (path.parent / "DONE").exists() for path in paths)
 
 
 def print_table(summaries: list[dict[str, Any]]) -> None:
     """One line a run. Leaky losses are marked: they are not comparable, never ranked."""
-    labels = distinguish(summaries)
+    labels = [label(traits) for traits in distinguish(summaries)]
     table = Table(title="best validation loss first", title_justify="left")
     table.add_column("run", overflow="fold")
     for column in ("val loss", "bits/byte", "train loss", "tokens/s"):
@@ -69,8 +69,8 @@ def read_config(run_dir: str) -> dict[str, Any]:
         raise DataError(f"{path}: damaged; restore it or remove the run") from error
 
 
-def distinguish(summaries: list[dict[str, Any]]) -> list[str]:
-    """A label for each run: norm, placement, batch size, seed, and any other key that differs."""
+def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What tells each run from the others: what all labels have, and any other key that differs."""
     configs = [read_config(s["run_dir"]) for s in summaries]
     named = {"norm.name", "placement.name", "train.batch_size", "seed", "run_dir"}
     texts = {s.get("corpus_sha256") for s in summaries}  # another Python has another pydoc
@@ -85,13 +85,22 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[str]:
     for config in filter(None, configs):
         for key in keys:
             values.setdefault(group(config, key), set()).add(str(config.get(key)))
-    labels = []
+    found = []
     for s, config in zip(summaries, configs, strict=True):
-        label = f"{s['norm']}-{s['placement']}-bs{s['batch_size']}-s{s['seed']}"
+        head = ("norm", s["norm"]), ("placement", s["placement"])
+        traits = dict([*head, ("train.batch_size", s["batch_size"]), ("seed", s["seed"])])
         for key in keys:
             if key in config and len(values[group(config, key)]) > 1:
-                label += f" {key}={config[key]}"
+                traits[key] = config[key]
         if len(texts) > 1:
-            label += f" text={str(s.get('corpus_sha256'))[:8]}"
-        labels.append(label)
-    return labels
+            traits["text"] = str(s.get("corpus_sha256"))[:8]
+        found.append(traits)
+    return found
+
+
+def label(traits: dict[str, Any]) -> str:
+    """{"norm": "rms", "train.batch_size": 4, "optim.lr": 0.1} → rms-bs4 optim.lr=0.1"""
+    short = {"norm": "", "placement": "", "train.batch_size": "bs", "seed": "s"}
+    head = "-".join(f"{short[key]}{value}" for key, value in traits.items() if key in short)
+    rest = [f"{key}={value}" for key, value in traits.items() if key not in short]
+    return " ".join(filter(None, [head, *rest]))

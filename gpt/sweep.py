@@ -56,8 +56,8 @@ class Cell:
 
 def read_cell(run_dir: Path) -> Cell | None:
     """None where the run has not begun, or its files are in the middle of being written."""
-    cfg = read_config(str(run_dir))
     try:
+        cfg = read_config(str(run_dir))
         steps = cfg["train.steps"]
         a_step = cfg["train.batch_size"] * cfg["train.grad_accum"] * cfg["model.block_size"]
         done = (run_dir / "DONE").exists()

@@ -1,7 +1,8 @@
 """Runs as a page: python scripts/report.py runs/norms, or several folders, such as two runs.
 
-Writes into the first folder, and prints the table: `report.html` (one file, works offline),
-`table.csv`, `table.md`, and as pictures `losses.png`, `curves.png`, `lr.png`, `depth.png`.
+Differences are to `norm=layer`; to something else with, say, baseline=placement=pre. Writes into
+the first folder, and prints the table: `report.html` (one file, works offline), the same tables as
+CSV and Markdown, and pictures: `losses.png`, `curves.png`, `lr.png`, `depth.png`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import sys
 from pathlib import Path
 
 from gpt import cli
-from gpt.errors import MissingInput, UserError
+from gpt.errors import MissingInput, UserError, nearest
 from gpt.results import load_summaries, print_table, unfinished
 
 
 def main() -> None:
-    folders = [Path(arg) for arg in sys.argv[1:]]
+    chosen = [arg for arg in sys.argv[1:] if arg.startswith("baseline=")]
+    folders = [Path(arg) for arg in sys.argv[1:] if arg not in chosen]
     if not folders or any(arg.startswith("-") for arg in sys.argv[1:]):
         raise UserError("expected folders of runs: python scripts/report.py runs/norms")
     for folder in folders:
@@ -25,15 +27,25 @@ def main() -> None:
     if not summaries:
         raise MissingInput(f"{folders[0]}: no finished run below it")
     from gpt import pictures, report  # plotly, matplotlib and scipy take seconds
-    from gpt.cells import make_cells
+    from gpt.cells import Baseline, make_cells
 
-    print_table(summaries)
-    title = " and ".join(str(folder) for folder in folders)
-    left = unfinished(*folders)
-    if left:
-        print(f"runs that are not finished, and not in here: {left}")
     cells = make_cells(summaries)
-    paths = report.write(cells, folders[0], title, left)
+    versus = Baseline()
+    if chosen:
+        _, key, value = [*chosen[-1].split("=", 2), ""][:3]
+        versus = Baseline(key, value)
+        if not any(versus.is_it(cell) for cell in cells):
+            keys = sorted({key for cell in cells for key in cell.traits})
+            expected = f"expected KEY=VALUE of some runs; they differ in {', '.join(keys)}"
+            raise UserError(f"{chosen[-1]}: {expected}{nearest(key, keys)}")
+    print_table(summaries)
+    left = unfinished(*folders)
+    again = len(summaries) - sum(len(cell.runs) for cell in cells)
+    notes = [f"Runs that are not finished, and not in here: {left}."] if left else []
+    notes += [f"Runs that repeat another's, seed and all, left out: {again}."] if again else []
+    print(*notes, sep="\n", end="\n" if notes else "")
+    title = " and ".join(str(folder) for folder in folders)
+    paths = report.write(cells, folders[0], title, versus, notes)
     for path in [*paths, *pictures.draw(cells, folders[0])]:
         print(path)
 

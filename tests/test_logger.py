@@ -155,15 +155,25 @@ def history_is_the_metrics(run: Run, run_dir: Path) -> None:
     assert told == {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+def sync(offline: Path, env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "wandb", "sync", str(offline)]
+    result = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "number"),
+    [("online", signal.SIGKILL), ("online", signal.SIGTERM), ("offline", signal.SIGKILL)],
+    ids=["online-kill", "online-term", "offline-kill"],
+)
 def test_a_run_that_was_stopped_is_whole_on_the_server_when_it_ends(
-    number: int, corpus: Path, tmp_path: Path
+    mode: str, number: int, corpus: Path, tmp_path: Path
 ) -> None:
     """Under one id: what a kill kept from the server is told it again, what it has is not."""
     run_dir = tmp_path / "a"
     args = overrides("data=text", f"data.path={corpus}", f"run_dir={run_dir}", "train.steps=300",
                      "train.checkpoint_every=20", "train.eval_every=100", "train.stats_every=25",
-                     "wandb.mode=online")  # fmt: skip
+                     f"wandb.mode={mode}")  # fmt: skip
     with wandb_server() as server:
         env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(tmp_path)}
         process = subprocess.Popen(
@@ -178,6 +188,8 @@ def test_a_run_that_was_stopped_is_whole_on_the_server_when_it_ends(
         result = run_program(*args, **env)
         assert result.returncode == 0, result.stderr
         assert result.stderr == ""
+        for offline in (run_dir / "wandb").glob("offline-run-*"):
+            sync(offline, env)
         (run,) = server.runs.values()
     assert run.finished
     history_is_the_metrics(run, run_dir)
@@ -192,15 +204,7 @@ def test_wandb_sync_takes_an_offline_run_and_tells_nothing_of_the_machine(
     assert result.returncode == 0, result.stderr
     (offline,) = (tmp_path / "a" / "wandb").glob("offline-run-*")
     with wandb_server() as server:
-        env = {
-            **os.environ,
-            "WANDB_BASE_URL": server.url,
-            "WANDB_API_KEY": KEY,
-            "HOME": str(tmp_path),
-        }
-        command = [sys.executable, "-m", "wandb", "sync", str(offline)]
-        synced = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-        assert synced.returncode == 0, synced.stderr
+        sync(offline, {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(tmp_path)})
         (run,) = server.runs.values()
     history_is_the_metrics(run, tmp_path / "a")
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())

@@ -45,11 +45,9 @@ class Run:
 class Server:
     url: str
     runs: dict[str, Run] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
 
     def graphql(self, request: dict[str, Any]) -> dict[str, Any]:
         name, given = request["operationName"], request.get("variables", {})
-        self.asked.append(name)
         if name == "Viewer":
             return {
                 "viewer": {"id": "1", "entity": "someone", "username": "someone", "flags": "{}"}
