@@ -93,7 +93,10 @@ def draw_lr(cells: list[Cell]) -> Figure | None:
             [c.lr for c in mine], means, [math.nan if h is None else h for h in halves],
             label=mine[0].norm, capsize=3, **style,
         )  # fmt: skip
+    points = [interval(cell.losses.values())[0] for cell in cells]
+    margin = 0.1 * (max(points) - min(points)) + 0.01
     for axis in panels.values():
+        axis.set_ylim(min(points) - margin, max(points) + margin)  # two seeds' bars may go beyond
         axis.set_xscale("log")
         axis.set_xticks(sorted({c.lr for c in cells}), minor=False)
         axis.xaxis.set_major_formatter("{x:g}")
