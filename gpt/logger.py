@@ -109,12 +109,8 @@ class Wandb:
         id_file = run_dir / "wandb_id"  # a resumed run goes on under its own id
         if not id_file.exists():
             write_atomically(id_file, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:16])
-        if mode == "offline":  # what a kill has left there, the run's own files tell again
-            for old in (run_dir / "wandb").glob("offline-run-*"):
-                if any(old.glob("*.synced")):
-                    self.was_synced = True
-                else:
-                    shutil.rmtree(old)
+        if mode == "offline":
+            self.was_synced = forget_unsynced(run_dir / "wandb")
         # Only what describes the experiment, by name: no paths, no environment.
         config = {k: v for k, v in asdict(cfg).items() if k in TOLD}
         config["norm"] = {k: v for k, v in cfg.norm.items() if k != "module"}
@@ -147,7 +143,7 @@ class Wandb:
 
     def log(self, step: int, row: dict[str, Any]) -> None:
         """Rows of one step are one row there; of a step that it has already it takes none."""
-        self.attempt(lambda: self.run and self.run.log(row, step=step))
+        self.tell(lambda run: run.log(row, step=step))
 
     def catch_up(self, metrics: list[dict[str, Any]], stats: list[dict[str, Any]]) -> None:
         """Tell wandb what it has not got of a run that was killed."""
@@ -162,10 +158,10 @@ class Wandb:
     def stats(self, step: int, table: dict[str, Any]) -> None:
         """Numbers as lines, `sites/head/after/rms`; shares of equal bins as histograms."""
 
-        def call() -> None:
+        def call(run: Any) -> None:
             import numpy as np
-            import wandb
 
+            import wandb
             from gpt.stats import EDGES
 
             def shown(value: Any) -> Any:
@@ -174,27 +170,30 @@ class Wandb:
                 return wandb.Histogram(np_histogram=(np.array(value), np.array(EDGES)))
 
             row = flatten(table, "/")
-            self.run.log({key: shown(value) for key, value in row.items()}, step=step)
+            run.log({key: shown(value) for key, value in row.items()}, step=step)
 
-        if self.run:
-            self.attempt(call)
+        self.tell(call)
 
     def sample(self, step: int, text: str) -> None:
-        def call() -> None:
+        def call(run: Any) -> None:
             import wandb
 
             table = wandb.Table(columns=["step", "sample"], data=[[step, text]])
-            self.run.log({"sample": table}, step=step)
+            run.log({"sample": table}, step=step)
 
-        if self.run:
-            self.attempt(call)
+        self.tell(call)
 
     def summary(self, values: dict[str, Any]) -> None:
-        self.attempt(lambda: self.run and self.run.summary.update(values))
+        self.tell(lambda run: run.summary.update(values))
 
     def finish(self) -> None:
-        self.attempt(lambda: self.run and self.run.finish())
+        self.tell(lambda run: run.finish())
         self.run = None
+
+    def tell(self, call: Callable[[Any], Any]) -> None:
+        """`call` of the wandb run, if there is one still."""
+        if self.run is not None:
+            self.attempt(lambda: call(self.run))
 
     def attempt(self, call: Callable[[], Any]) -> None:
         try:
@@ -209,3 +208,17 @@ class Wandb:
             print(
                 f"warning: wandb failed, the run goes on without it: {first_line}", file=sys.stderr
             )
+
+
+def forget_unsynced(folder: Path) -> bool:
+    """Remove what a killed run has left for `wandb sync`: the run's own files tell it all again.
+
+    Whether some was sent already, and stays.
+    """
+    sent = False
+    for left in folder.glob("offline-run-*"):
+        if any(left.glob("*.synced")):
+            sent = True
+        else:
+            shutil.rmtree(left)
+    return sent
