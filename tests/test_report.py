@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt import pictures, report
+from gpt import findings, pictures, report
 from gpt.cells import Baseline, baseline, difference, interval, make_cells, ordered, tuned
 from gpt.results import load_summaries
 from tests.conftest import TINY, run_program
@@ -71,7 +71,7 @@ def test_differences_are_paired_by_seed(folder: Path) -> None:
 
 
 def test_the_words_say_what_is_chance_what_is_leaky_and_what_diverged(folder: Path) -> None:
-    words = "\n".join(report.plain_words(make_cells(load_summaries(folder)), Baseline()))
+    words = "\n".join(findings.plain_words(make_cells(load_summaries(folder)), Baseline()))
     assert "The lowest validation loss is rms-pre-bs4's: 3.0967" in words
     assert (
         "rms-pre-bs4 against layer-pre-bs4: -0.1033 ± 0.0143 nats over 3 seeds: better beyond"
@@ -86,7 +86,7 @@ def test_the_words_say_what_is_chance_what_is_leaky_and_what_diverged(folder: Pa
 def test_a_single_seed_may_be_chance(tmp_path: Path) -> None:
     summary(tmp_path, "layer", 1, 3.0)
     summary(tmp_path, "rms", 1, 2.0)
-    words = report.plain_words(make_cells(load_summaries(tmp_path)), Baseline())
+    words = findings.plain_words(make_cells(load_summaries(tmp_path)), Baseline())
     assert any("of one seed: it may be chance" in line for line in words)
 
 
@@ -135,7 +135,7 @@ def test_the_baseline_differs_in_nothing_but_the_norm(tmp_path: Path) -> None:
     summary(tmp_path / "texts", "rms", 1, 2.0, corpus_sha256="1" * 64)
     cells = make_cells(load_summaries(tmp_path / "texts"))
     assert all(baseline(c, cells, Baseline()) is None for c in cells)
-    assert "Tokenizers or texts differ" in report.plain_words(cells, Baseline())[0]
+    assert "Tokenizers or texts differ" in findings.plain_words(cells, Baseline())[0]
 
 
 def test_each_norm_is_compared_at_its_own_best_learning_rate(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_each_norm_is_compared_at_its_own_best_learning_rate(tmp_path: Path) -> 
     paired = difference(best["rms"], best["layer"])
     assert paired is not None
     assert paired[0] == pytest.approx(-0.1)
-    words = "\n".join(report.plain_words(cells, Baseline()))
+    words = "\n".join(findings.plain_words(cells, Baseline()))
     assert "rms-pre-bs4 optim.lr=0.3 against layer-pre-bs4 optim.lr=0.1: -0.1000" in words
     assert "rms-pre-bs4 optim.lr=0.1 against" not in words
     edges = words.split("Best at the ")[1:]
@@ -168,7 +168,7 @@ def test_each_norm_is_compared_at_its_own_best_learning_rate(tmp_path: Path) -> 
     assert "layer-pre-bs4 optim.lr=0.1." in edges[0]
     assert "highest" in edges[1]
     assert "rms-pre-bs4 optim.lr=0.3." in edges[1]
-    rows = {row["cell"]: row for row in report.table(cells, Baseline())}
+    rows = {row["cell"]: row for row in findings.table(cells, Baseline())}
     assert len(rows) == 5  # the table has them all
     assert rows["rms-pre-bs4 optim.lr=0.1"]["best learning rate"] == ""
     assert rows["rms-pre-bs4 optim.lr=0.3"]["best learning rate"] == "yes"
@@ -218,7 +218,7 @@ def test_activations_are_of_the_last_step_and_of_all_seeds(tmp_path: Path) -> No
         ]
         path = tmp_path / f"layer-pre-bs4-s{seed}" / "stats.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (row,) = report.activations(make_cells(load_summaries(tmp_path)))
+    (row,) = findings.activations(make_cells(load_summaries(tmp_path)))
     assert row["stream rms at the embedding"] == "1"
     assert row["after the last block"] == "3"
     assert row["largest attention logit"] == ""
@@ -233,9 +233,11 @@ def test_a_cell_that_partly_diverged_is_not_the_best(folder: Path) -> None:
     summary(folder, "l2", 0, 1.0)
     summary(folder, "l2", 1, None, diverged_at=3)
     cells = make_cells(load_summaries(folder))
-    assert report.plain_words(cells, Baseline())[0].startswith("The lowest validation loss is rms")
+    assert findings.plain_words(cells, Baseline())[0].startswith(
+        "The lowest validation loss is rms"
+    )
     assert (
-        next(r for r in report.table(cells, Baseline()) if r["cell"] == "l2-pre-bs4")["seeds"]
+        next(r for r in findings.table(cells, Baseline()) if r["cell"] == "l2-pre-bs4")["seeds"]
         == "1 of 2"
     )
 

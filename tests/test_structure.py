@@ -22,6 +22,7 @@ NORMS = [name for name in NORMS if name not in (*BASES, "norms.repbn")]
 LAYERS = [
     ["trainer"],
     ["report", "pictures", "generate", "surgery", "cards", "sweep"],
+    ["findings"],
     ["cells"],
     ["checkpoint", "run_dir", "screen", "results"],
     ["placement", "fold", "evaluate"],
@@ -100,8 +101,24 @@ def test_the_readme_has_no_gap() -> None:
     text = (REPO / "README.md").read_text()
     assert not re.findall(r"[A-Z]+_(?:CAPTION|SECTION)|\bTODO\b|\bNG[12]\b", text)
     links = re.findall(r"\]\(([^)#:]+)\)", text)
-    assert ".github/norms.png" in links
+    assert ".github/study/README.md" in links
     assert all((REPO / link).exists() for link in links)
+
+
+def test_the_study_s_numbers_are_those_of_its_tables() -> None:
+    """Every mean ± half an interval on the page stands in a table that the report wrote."""
+    study = REPO / ".github" / "study"
+    page = (study / "README.md").read_text()
+    assert all((study / link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", page))
+    number = re.compile(r"([+−-]?\d+\.\d+) ± (\d+\.\d+)")
+    told = {(m.replace("−", "-"), h) for m, h in number.findall(page)}
+    tables = "".join(path.read_text() for path in study.glob("*/table.md"))
+    measured = set()
+    for mean, half in number.findall(tables):
+        sign = "+" if mean.startswith("+") else ""
+        measured.add((f"{float(mean):{sign}.3f}", f"{float(half):.3f}"))
+    assert len(told) > 30
+    assert told <= measured, told - measured
 
 
 def test_the_norm_that_the_readme_adds_passes_the_suite_and_trains(

@@ -1,0 +1,159 @@
+"""What several runs show, in tables and in words, and what they do not."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from operator import itemgetter
+from pathlib import Path
+
+from gpt.cells import Baseline, Cell, baseline, difference, in_order, interval, tuned
+from gpt.files import flatten, read_jsonl
+
+MANY = 40  # cells with curves and heat maps of their own; tables and intervals have them all
+
+# Of the last row of `stats.jsonl`: a column's name, its group and key, and what of its depths.
+ACTIVATIONS: tuple[tuple[str, str, str, Callable[[list[float]], float]], ...] = (
+    ("stream rms at the embedding", "residual", "after/rms", itemgetter(0)),
+    ("after the last block", "residual", "after/rms", itemgetter(-1)),
+    ("its kurtosis", "residual", "after/kurtosis", itemgetter(-1)),
+    ("its variance between features", "residual", "after/outliers", itemgetter(-1)),
+    ("a block turns it by, least", "residual", "angle", min),
+    ("largest attention logit", "attention", "max_logit", max),
+    ("attention entropy, least", "attention", "entropy", min),
+    ("log Z", "output", "log_z", max),
+    ("tid_mean, largest", "sites", "tid_mean", max),
+    ("tid_std, largest", "sites", "tid_std", max),
+)
+
+
+def show(value: float, half: float | None, digits: int = 4, sign: str = "") -> str:
+    text = f"{value:{sign}.{digits}f}"
+    return text if half is None else f"{text} ± {half:.{digits}f}"
+
+
+def table(cells: list[Cell], versus: Baseline) -> list[dict[str, str]]:
+    """One row a cell, best first; what is not a result comes last."""
+    best = {cell.label for cell in tuned(cells)}
+    rows = []
+    for cell in cells:
+        first, losses = cell.runs[0], cell.losses
+        row = {"cell": cell.label, "seeds": f"{len(losses)} of {len(cell.runs)}"}
+        if len(best) < len(cells):
+            row["best learning rate"] = "yes" if cell.label in best else ""
+        row["val loss"] = show(*interval(losses.values())) if losses else ""
+        diverged = ", ".join(str(r["diverged_at"]) for r in cell.runs if "diverged_at" in r)
+        if diverged:
+            row["val loss"] += f"{' ' * bool(losses)}(diverged at step {diverged})"
+        bpb = [r["val_bpb"] for r in cell.runs if "diverged_at" not in r and r["seed"] in losses]
+        row["bits/byte"] = show(*interval(bpb)) if bpb else ""
+        other = baseline(cell, cells, versus)
+        paired = difference(cell, other) if other else None
+        row[f"minus {versus.value}'s best"] = show(*paired[:2], sign="+") if paired else ""
+        row["pairs"] = str(paired[2]) if paired else ""
+        row["tokens/s"] = f"{interval(r['tokens_per_s'] for r in cell.runs)[0]:,.0f}"
+        # The least: what a process keeps of cells before it, counts too.
+        row["peak memory"] = f"{min(r['peak_memory'] for r in cell.runs) / 2**20:,.0f} MiB"
+        row["parameters"] = f"{first['params']:,}"
+        row["sees in training"] = " and ".join(first["sees_in_training"]) or "its past"
+        row["sees in evaluation"] = " and ".join(first["sees_in_evaluation"]) or "its past"
+        order = interval(bpb)[0] if bpb else 0.0
+        rows.append((cell.leaky, not losses, order, row))
+    return [row for *_, row in sorted(rows, key=lambda r: r[:3])]
+
+
+def activations(cells: list[Cell]) -> list[dict[str, str]]:
+    """What the statistics were at a cell's end, one row a cell: means over its seeds."""
+    rows = []
+    for cell in cells:
+        stats = [read_jsonl(Path(run["run_dir"]) / "stats.jsonl") for run in cell.runs]
+        ends = [lines[-1] for lines in stats if lines]
+        row = {"cell": cell.label}
+        for name, group, key, pick in ACTIVATIONS:
+            depths = [[flatten(d, "/").get(key) for d in e.get(group, {}).values()] for e in ends]
+            there = [[v for v in values if v is not None] for values in depths]
+            picked = [pick(values) for values in there if values]
+            row[name] = f"{interval(picked)[0]:.4g}" if picked else ""
+        rows.append(row)
+    return rows
+
+
+def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
+    """What the numbers show and what they do not, in sentences."""
+    best = tuned(cells)
+    lines = []
+    whole = [c for c in best if len(c.losses) == len(c.runs) and not c.leaky]
+    units = {(r["tokenizer"], r["corpus_sha256"]) for c in cells for r in c.runs}
+    if len(units) > 1:
+        lines.append("Tokenizers or texts differ: only bits a byte compare across them.")
+    elif whole:
+        first = min(whole, key=lambda c: interval(c.losses.values())[0])
+        lowest = show(*interval(first.losses.values()))
+        lines.append(f"The lowest validation loss is {first.label}'s: {lowest} nats a token.")
+    if len(best) < len(cells):
+        lines.append(
+            "Each is compared at the learning rate that was best for it, chosen by these very "
+            "losses, which flatters it a little."
+        )
+    alone = []
+    for cell in in_order(best):
+        other = baseline(cell, cells, versus)
+        paired = difference(cell, other) if other else None
+        if not paired or other is None:
+            if not versus.is_it(cell) and not cell.leaky:
+                alone.append(cell.label)
+            continue
+        mean, half, pairs = paired
+        line = f"{cell.label} against {other.label}: {show(mean, half, sign='+')} nats"
+        if half is None:
+            line += ", of one seed: it may be chance."
+        elif abs(mean) > half:
+            line += f" over {pairs} seeds: {'worse' if mean > 0 else 'better'} beyond chance."
+        else:
+            line += f" over {pairs} seeds: no difference that these seeds can tell."
+        if cell.rates != other.rates:
+            line += f" Its rates were {len(cell.rates)}, the other's {len(other.rates)}: not alike."
+        lines.append(line)
+    if alone:
+        lines.append(f"Without a {versus.key}={versus.value} to compare with: {', '.join(alone)}.")
+    for end, word in ((0, "lowest"), (-1, "highest")):
+        tried = [c for c in best if len(c.rates) > 1 and c.losses and not c.leaky]
+        edge = [c.label for c in tried if c.lr == c.rates[end]]
+        if edge:
+            lines.append(
+                f"Best at the {word} learning rate that was tried, so that one beyond may be "
+                f"better still: {', '.join(edge)}."
+            )
+    for cell in cells:
+        diverged = [r for r in cell.runs if "diverged_at" in r]
+        if diverged:
+            lines.append(f"{cell.label}: {len(diverged)} of {len(cell.runs)} runs diverged.")
+    if len({r["device"].split(":")[0] for c in cells for r in c.runs}) > 1:
+        lines.append("Devices differ, and with them rounding, perhaps the precision.")
+    if len(best) > MANY:
+        lines.append(f"Curves and maps show the first {MANY} of {len(best)}.")
+    leaky = [c.label for c in cells if c.leaky]
+    if leaky:
+        lines.append(f"No result, for evaluation sees what it must not: {', '.join(leaky)}.")
+    texts = sorted({f"{r['corpus']} ({r['corpus_sha256'][:8]})" for c in cells for r in c.runs})
+    lines.append(
+        f"All this is on {' and '.join(texts)}, for models of these sizes, trained for so many "
+        "steps at these learning rates; each interval is for one comparison, and among twenty one "
+        "may miss. Training losses of runs that see others are not compared at all."
+    )
+    return lines
+
+
+def to_csv(rows: list[dict[str, str]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def to_markdown(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
