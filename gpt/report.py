@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +104,27 @@ def numbers(row: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
                     yield f"{group}: {key}", depth, value
 
 
-def differing(summaries: list[Summary]) -> tuple[list[str], list[list[str]], dict[str, Any]]:
-    """The keys that are not the same in all runs, their values by run, and what is the same."""
+def differing(
+    summaries: list[Summary],
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """By run, the keys that are not the same in all; and what is the same, a row a key."""
     configs = [read_config(s["run_dir"]) for s in summaries]
     keys = sorted({key for config in configs for key in config} - {"run_dir"})
-    values = {key: [config.get(key, "–") for config in configs] for key in keys}
-    varied = [key for key in keys if any(v != values[key][0] for v in values[key])]
-    rows = [[str(values[key][i]) for key in varied] for i in range(len(configs))]
-    return varied, rows, {key: values[key][0] for key in keys if key not in varied}
+    values = {key: [str(config.get(key, "–")) for config in configs] for key in keys}
+    varied = [key for key in keys if len(set(values[key])) > 1]
+    rows = [
+        {"run": Path(s["run_dir"]).name} | {key: values[key][i] for key in varied}
+        for i, s in enumerate(summaries)
+    ]
+    return rows, [{"key": k, "value": values[k][0]} for k in keys if k not in varied]
 
 
-def to_html(head: list[str], rows: list[list[str]]) -> str:
-    def row(cells: list[str], tag: str) -> str:
+def to_html(rows: list[dict[str, str]]) -> str:
+    def line(cells: Iterable[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
-    return f"<table>{row(head, 'th')}{''.join(row(r, 'td') for r in rows)}</table>"
+    head = line(rows[0], "th") if rows else ""
+    return f"<table>{head}{''.join(line(row.values(), 'td') for row in rows)}</table>"
 
 
 # Two maps side by side, of any statistic in any two cells, on one scale.
@@ -172,50 +178,54 @@ def folded(head: str, content: str) -> str:
     return f"<details><summary>{html.escape(head)}</summary>{content}</details>"
 
 
-def page(cells: list[Cell], title: str, versus: Baseline, notes: Sequence[str]) -> str:
-    """All of it as HTML that needs nothing but itself, plotly's script included."""
-    best, rows = tuned(cells), table(cells, versus)
+def curves(cells: list[Cell]) -> str:
+    """Plotly's figures, its script with the first."""
+    best = tuned(cells)
     figures = [figure_losses(best), figure_curves(best), figure_lr(cells)]
     plots = ""
     for figure in figures:
         if figure is not None:
             figure.update_layout(template="plotly_white", height=460)
             plots += figure.to_html(full_html=False, include_plotlyjs=not plots)
-    inner, maps = "", depth_maps(best)
-    if maps:
-        inside = activations(in_order(best))
-        data = json.dumps(maps, separators=(",", ":"), sort_keys=True)
-        data = data.replace("<", "\\u003c")  # a name cannot end the script
-        inner = (
-            "<h2>Activations and attention at the end</h2>"
-            + to_html(list(inside[0]), [list(row.values()) for row in inside])
-            + f"<h2>By depth and step</h2><script>const maps = {data};</script>{MAPS}"
-        )
-    values: dict[bool, list[list[str]]] = {True: [], False: []}
-    for row in rows:
-        values[row.get("best learning rate") != ""].append(list(row.values()))
-    results = to_html(list(rows[0]), values[True])
-    if values[False]:
-        results += folded("At other learning rates", to_html(list(rows[0]), values[False]))
-    inside = activations(in_order(best))
-    inner = to_html(list(inside[0]), [list(row.values()) for row in inside])
-    summaries = [run for cell in cells for run in cell.runs]
-    varied, differences, same = differing(summaries)
-    runs = [[Path(s["run_dir"]).name, *d] for s, d in zip(summaries, differences, strict=True)]
-    common = [[key, str(value)] for key, value in same.items()]
-    words = "".join(
-        f"<li>{html.escape(line)}</li>" for line in [*notes, *plain_words(cells, versus)]
+    return plots
+
+
+def inside(cells: list[Cell]) -> str:
+    """What the statistics say; nothing where no run has any."""
+    maps = depth_maps(cells)
+    if not maps:
+        return ""
+    rows = activations(in_order(cells))
+    data = json.dumps(maps, separators=(",", ":"), sort_keys=True)
+    data = data.replace("<", "\\u003c")  # a name cannot end the script
+    return (
+        f"<h2>Activations and attention at the end</h2>{to_html(rows)}"
+        f"<h2>By depth and step</h2><script>const maps = {data};</script>{MAPS}"
     )
+
+
+def results(rows: list[dict[str, str]]) -> str:
+    """The table; what is not at its best learning rate stands folded below it."""
+    best = [row for row in rows if row.get("best learning rate") != ""]
+    others = [row for row in rows if row.get("best learning rate") == ""]
+    return to_html(best) + (folded("At other learning rates", to_html(others)) if others else "")
+
+
+def page(cells: list[Cell], title: str, versus: Baseline, notes: Sequence[str]) -> str:
+    """All of it as HTML that needs nothing but itself."""
+    lines = [*notes, *plain_words(cells, versus)]
+    words = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    varied, same = differing([run for cell in cells for run in cell.runs])
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <h2>In words</h2><ul>{words}</ul>
-<h2>Results</h2>{results}
-<h2>Curves</h2>{plots}
-{inner}
+<h2>Results</h2>{results(table(cells, versus))}
+<h2>Curves</h2>{curves(cells)}
+{inside(tuned(cells))}
 <h2>Configurations</h2>
-{folded(f"What differs between the {len(runs)} runs", to_html(["run", *varied], runs))}
-{folded("What is the same in all", to_html(["key", "value"], common))}
+{folded(f"What differs between the {len(varied)} runs", to_html(varied))}
+{folded("What is the same in all", to_html(same))}
 </body></html>
 """
 
@@ -228,13 +238,13 @@ def write(
     notes: Sequence[str] = (),
 ) -> list[Path]:
     """`report.html`, and its tables as CSV and Markdown. notes: sentences to begin with."""
-    rows, inside = table(cells, versus), activations(in_order(tuned(cells)))
+    rows, ends = table(cells, versus), activations(in_order(tuned(cells)))
     contents = {
         "report.html": page(cells, title, versus, notes),
         "table.csv": to_csv(rows),
         "table.md": to_markdown(rows),
-        "activations.csv": to_csv(inside),
-        "activations.md": to_markdown(inside),
+        "activations.csv": to_csv(ends),
+        "activations.md": to_markdown(ends),
     }
     for name, text in contents.items():
         (folder / name).write_text(text, encoding="utf-8")
