@@ -28,6 +28,9 @@ def figure_losses(cells: list[Cell]) -> go.Figure:
         figure.add_scatter(x=contexts, y=means, error_y=bars, mode="markers", name=norm)
     figure.update_xaxes(categoryorder="array", categoryarray=ordered({c.context for c in shown}))
     figure.update_traces(marker_size=9)
+    values = [loss for c in shown for loss in c.losses.values()] or [0.0]
+    margin = 0.2 * (max(values) - min(values)) + 0.01  # two seeds' bars may go beyond
+    figure.update_yaxes(range=[min(values) - margin, max(values) + margin])
     title = "Final validation loss, 95% intervals over seeds"
     figure.update_layout(title=title, scattermode="group", yaxis_title="nats a token")
     return figure
