@@ -50,7 +50,9 @@ def table(cells: list[Cell], versus: Baseline) -> list[dict[str, str]]:
         row["bits/byte"] = show(*interval(bpb)) if bpb else ""
         other = baseline(cell, cells, versus)
         paired = difference(cell, other) if other else None
-        row[f"minus {versus.value}'s best"] = show(*paired[:2], sign="+") if paired else ""
+        row[f"minus best {versus.key}={versus.value}"] = (
+            show(*paired[:2], sign="+") if paired else ""
+        )
         row["pairs"] = str(paired[2]) if paired else ""
         row["tokens/s"] = f"{interval(r['tokens_per_s'] for r in cell.runs)[0]:,.0f}"
         # The least: what a process keeps of cells before it, counts too.
@@ -100,20 +102,27 @@ def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
     for cell in in_order(best):
         other = baseline(cell, cells, versus)
         paired = difference(cell, other) if other else None
-        if not paired or other is None:
+        if other is None:
             if not versus.is_it(cell) and not cell.leaky:
                 alone.append(cell.label)
             continue
+        if paired is None:
+            lines.append(f"{cell.label} and {other.label} have no seed in common.")
+            continue
         mean, half, pairs = paired
         line = f"{cell.label} against {other.label}: {show(mean, half, sign='+')} nats"
-        if half is None:
+        if mean == half == 0:
+            line += f" over {pairs} seeds: equal."
+        elif half is None:
             line += ", of one seed: it may be chance."
         elif abs(mean) > half:
             line += f" over {pairs} seeds: {'worse' if mean > 0 else 'better'} beyond chance."
         else:
             line += f" over {pairs} seeds: no difference that these seeds can tell."
         if cell.rates != other.rates:
-            line += f" Its rates were {len(cell.rates)}, the other's {len(other.rates)}: not alike."
+            line += (
+                f" It had {len(cell.rates)} learning rates to choose from, not {len(other.rates)}."
+            )
         lines.append(line)
     if alone:
         lines.append(f"Without a {versus.key}={versus.value} to compare with: {', '.join(alone)}.")

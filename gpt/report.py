@@ -29,8 +29,12 @@ def figure_losses(cells: list[Cell]) -> go.Figure:
     figure.update_xaxes(categoryorder="array", categoryarray=ordered({c.context for c in shown}))
     figure.update_traces(marker_size=9)
     values = [loss for c in shown for loss in c.losses.values()] or [0.0]
-    margin = 0.2 * (max(values) - min(values)) + 0.01  # two seeds' bars may go beyond
-    figure.update_yaxes(range=[min(values) - margin, max(values) + margin])
+    intervals = [interval(c.losses.values()) for c in shown]
+    ends = [(mean - (half or 0), mean + (half or 0)) for mean, half in intervals]
+    span = max(values) - min(values) + 0.01  # beyond it a bar is cut: a few seeds' may be endless
+    low = max(min([low for low, _ in ends] + values), min(values) - span)
+    high = min(max([high for _, high in ends] + values), max(values) + span)
+    figure.update_yaxes(range=[low - 0.05 * span, high + 0.05 * span])
     title = "Final validation loss, 95% intervals over seeds"
     figure.update_layout(title=title, scattermode="group", yaxis_title="nats a token")
     return figure
@@ -227,7 +231,7 @@ def page(cells: list[Cell], title: str, versus: Baseline, notes: Sequence[str]) 
 <h2>Curves</h2>{curves(cells)}
 {inside(tuned(cells))}
 <h2>Configurations</h2>
-{folded(f"What differs between the {len(varied)} runs", to_html(varied))}
+{folded(f"What differs between the runs ({len(varied)})", to_html(varied))}
 {folded("What is the same in all", to_html(same))}
 </body></html>
 """

@@ -90,7 +90,7 @@ def progress_table(folder: Path, total: int | None, started: float, done_before:
     if len(begun) > len(running):
         title += f", {len(begun) - len(running)} to resume"
     done = sum(c.done for c in cells)
-    if cells and total and done > done_before:
+    if cells and total and len(ended) < total and done > done_before:
         speed = (done - done_before) / (time.time() - started)
         cost = sum(c.cost for c in cells) * total / len(cells)  # those to come as those begun
         title += f", about {math.ceil(max(0.0, cost - done) / speed / 60)} min left"

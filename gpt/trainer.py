@@ -143,7 +143,7 @@ def finished(run_dir: Path, cfg: Config, data: Data, screen: Screen) -> dict[str
         )
     if "diverged_at" in summary:
         raise Diverged(
-            f"{run_dir} diverged at step {summary['diverged_at']} already; use another run_dir"
+            f"{run_dir} diverged at step {summary['diverged_at']} before, and is not tried again"
         )
     screen.say(f"{run_dir} is finished already", style="green")
     return summary

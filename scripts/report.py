@@ -36,8 +36,11 @@ def main() -> None:
         versus = Baseline(key, value)
         if not any(versus.is_it(cell) for cell in cells):
             keys = sorted({key for cell in cells for key in cell.traits})
-            expected = f"expected KEY=VALUE of some runs; they differ in {', '.join(keys)}"
-            raise UserError(f"{chosen[-1]}: {expected}{nearest(key, keys)}")
+            there = sorted({str(cell.traits[key]) for cell in cells if key in cell.traits})
+            expected = f"expected baseline={key}=VALUE with one of {', '.join(there)}"
+            if not there:
+                expected = f"expected KEY=VALUE with one of {', '.join(keys)}{nearest(key, keys)}"
+            raise UserError(f"{chosen[-1]}: {expected}")
     print_table(summaries)
     left = unfinished(*folders)
     again = len(summaries) - sum(len(cell.runs) for cell in cells)

@@ -68,6 +68,7 @@ def show_results(folder: Path) -> None:
     summaries = load_summaries(folder)
     if summaries:
         print_table(summaries)
+        print(f"python scripts/report.py {folder}   makes a page of it")
 
 
 def sweep_dir(argv: list[str]) -> Path | None:

@@ -160,7 +160,7 @@ def test_a_diverged_cell_is_a_result_and_is_not_run_again(corpus: Path, tmp_path
     assert result.stderr.count("diverged at step") == 2
     assert result.stdout.count("diverged at") == 2  # the table
     again = sweep(corpus, *args, cwd=tmp_path)
-    assert again.stderr.count("already; use another run_dir") == 2
+    assert again.stderr.count("before, and is not tried again") == 2
     assert again.returncode == 0
 
 

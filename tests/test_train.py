@@ -168,7 +168,7 @@ def test_a_run_that_diverges_stops_before_the_update_and_names_step_and_site(
         train(config())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["diverged_at"] == 5
-    with pytest.raises(Diverged, match="diverged at step 5 already; use another run_dir"):
+    with pytest.raises(Diverged, match="diverged at step 5 before, and is not tried again"):
         train(config())
     assert checkpoints(tmp_path / "run")[0].name == "step_4"
     assert torch.isfinite(load_model(tmp_path / "run").wte.weight).all()
