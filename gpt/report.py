@@ -197,12 +197,11 @@ def curves(cells: list[Cell]) -> str:
     return plots
 
 
-def inside(cells: list[Cell]) -> str:
-    """What the statistics say; nothing where no run has any."""
+def inside(cells: list[Cell], rows: list[dict[str, str]]) -> str:
+    """What the statistics say, at the end and all the way; nothing where no run has any."""
     maps = depth_maps(cells)
     if not maps:
         return ""
-    rows = activations(in_order(cells))
     data = json.dumps(maps, separators=(",", ":"), sort_keys=True)
     data = data.replace("<", "\\u003c")  # a name cannot end the script
     return (
@@ -218,18 +217,23 @@ def results(rows: list[dict[str, str]]) -> str:
     return to_html(best) + (folded("At other learning rates", to_html(others)) if others else "")
 
 
-def page(cells: list[Cell], title: str, versus: Baseline, notes: Sequence[str]) -> str:
+def page(
+    cells: list[Cell],
+    title: str,
+    lines: Sequence[str],
+    rows: list[dict[str, str]],
+    ends: list[dict[str, str]],
+) -> str:
     """All of it as HTML that needs nothing but itself."""
-    lines = [*notes, *plain_words(cells, versus)]
     words = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     varied, same = differing([run for cell in cells for run in cell.runs])
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <h2>In words</h2><ul>{words}</ul>
-<h2>Results</h2>{results(table(cells, versus))}
+<h2>Results</h2>{results(rows)}
 <h2>Curves</h2>{curves(cells)}
-{inside(tuned(cells))}
+{inside(tuned(cells), ends)}
 <h2>Configurations</h2>
 {folded(f"What differs between the runs ({len(varied)})", to_html(varied))}
 {folded("What is the same in all", to_html(same))}
@@ -246,8 +250,9 @@ def write(
 ) -> list[Path]:
     """`report.html`, and its tables as CSV and Markdown. notes: sentences to begin with."""
     rows, ends = table(cells, versus), activations(in_order(tuned(cells)))
+    lines = [*notes, *plain_words(cells, versus)]
     contents = {
-        "report.html": page(cells, title, versus, notes),
+        "report.html": page(cells, title, lines, rows, ends),
         "table.csv": to_csv(rows),
         "table.md": to_markdown(rows),
         "activations.csv": to_csv(ends),

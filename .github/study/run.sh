@@ -27,3 +27,12 @@ for question in norms depth others longer; do
 done
 python scripts/report.py runs/warmup baseline=optim.warmup_steps=40
 python .github/study/one_sample.py runs/norms
+
+# What the report reads of all these runs but their statistics: a small archive to keep.
+packed=$(mktemp -d)
+for run in runs/norms/*/ runs/depth/*/ runs/others/*/ runs/warmup/*/ runs/longer/*/; do
+    mkdir -p "$packed/$run"
+    cp "$run/config.yaml" "$run/summary.json" "$run/DONE" "$packed/$run"
+    grep val_loss "$run/metrics.jsonl" > "$packed/$run/metrics.jsonl"
+done
+tar -cJf .github/study/runs.tar.xz -C "$packed" runs
