@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from gpt.cells import Baseline, Cell, baseline, difference, in_order, interval, tuned
 from gpt.files import flatten, read_jsonl
 
 MANY = 40  # cells with curves and heat maps of their own; tables and intervals have them all
 
-# Of the last row of `stats.jsonl`: a column's name, its group and key, and what of its depths.
-ACTIVATIONS: tuple[tuple[str, str, str, Callable[[list[float]], float]], ...] = (
-    ("stream rms at the embedding", "residual", "after/rms", itemgetter(0)),
-    ("after the last block", "residual", "after/rms", itemgetter(-1)),
-    ("its kurtosis", "residual", "after/kurtosis", itemgetter(-1)),
-    ("its variance between features", "residual", "after/outliers", itemgetter(-1)),
-    ("a block turns it by, least", "residual", "angle", min),
-    ("largest attention logit", "attention", "max_logit", max),
-    ("attention entropy, least", "attention", "entropy", min),
-    ("log Z", "output", "log_z", max),
-    ("tid_mean, largest", "sites", "tid_mean", max),
-    ("tid_std, largest", "sites", "tid_std", max),
+# Of the last row of `stats.jsonl`: a column's name, the statistic's, and what of its depths.
+ACTIVATIONS: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
+    ("stream rms at the embedding", "residual: after/rms", itemgetter(0)),
+    ("after the last block", "residual: after/rms", itemgetter(-1)),
+    ("its kurtosis", "residual: after/kurtosis", itemgetter(-1)),
+    ("its variance between features", "residual: after/outliers", itemgetter(-1)),
+    ("a block turns it by, least", "residual: angle", min),
+    ("largest attention logit", "attention: max_logit", max),
+    ("attention entropy, least", "attention: entropy", min),
+    ("log Z", "output: log_z", max),
+    ("tid_mean, largest", "sites: tid_mean", max),
+    ("tid_std, largest", "sites: tid_std", max),
 )
 
 
@@ -70,15 +71,46 @@ def activations(cells: list[Cell]) -> list[dict[str, str]]:
     rows = []
     for cell in cells:
         stats = [read_jsonl(Path(run["run_dir"]) / "stats.jsonl") for run in cell.runs]
-        ends = [lines[-1] for lines in stats if lines]
+        ends: list[dict[str, list[float]]] = []
+        for lines in filter(None, stats):
+            ends.append({})
+            for name, _, value in numbers(lines[-1]):
+                ends[-1].setdefault(name, []).append(value)
         row = {"cell": cell.label}
-        for name, group, key, pick in ACTIVATIONS:
-            depths = [[flatten(d, "/").get(key) for d in e.get(group, {}).values()] for e in ends]
-            there = [[v for v in values if v is not None] for values in depths]
-            picked = [pick(values) for values in there if values]
-            row[name] = f"{interval(picked)[0]:.4g}" if picked else ""
+        for column, name, pick in ACTIVATIONS:
+            picked = [pick(end[name]) for end in ends if name in end]
+            row[column] = f"{interval(picked)[0]:.4g}" if picked else ""
         rows.append(row)
     return rows
+
+
+def numbers(row: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """The name, the depth or site, and the value of every number in a row of `stats.jsonl`."""
+    for group in row.keys() - {"step"}:
+        for depth, entry in row[group].items():
+            for key, value in flatten(entry, "/").items():
+                if isinstance(value, (int, float)):  # no histogram, no null
+                    yield f"{group}: {key}", depth, value
+
+
+def compared(cell: Cell, other: Cell) -> str:
+    """A sentence: whether one is better than the other, or that may be chance."""
+    paired = difference(cell, other)
+    if paired is None:
+        return f"{cell.label} and {other.label} have no seed in common."
+    mean, half, pairs = paired
+    line = f"{cell.label} against {other.label}: {show(mean, half, sign='+')} nats"
+    if half is None:
+        line += ", of one seed: it may be chance."
+    elif mean == half == 0:
+        line += f" over {pairs} seeds: equal."
+    elif abs(mean) > half:
+        line += f" over {pairs} seeds: {'worse' if mean > 0 else 'better'} beyond chance."
+    else:
+        line += f" over {pairs} seeds: no difference that these seeds can tell."
+    if cell.rates != other.rates:
+        line += f" It had {len(cell.rates)} learning rates to choose from, not {len(other.rates)}."
+    return line
 
 
 def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
@@ -101,29 +133,10 @@ def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
     alone = []
     for cell in in_order(best):
         other = baseline(cell, cells, versus)
-        paired = difference(cell, other) if other else None
-        if other is None:
-            if not versus.is_it(cell) and not cell.leaky:
-                alone.append(cell.label)
-            continue
-        if paired is None:
-            lines.append(f"{cell.label} and {other.label} have no seed in common.")
-            continue
-        mean, half, pairs = paired
-        line = f"{cell.label} against {other.label}: {show(mean, half, sign='+')} nats"
-        if mean == half == 0:
-            line += f" over {pairs} seeds: equal."
-        elif half is None:
-            line += ", of one seed: it may be chance."
-        elif abs(mean) > half:
-            line += f" over {pairs} seeds: {'worse' if mean > 0 else 'better'} beyond chance."
-        else:
-            line += f" over {pairs} seeds: no difference that these seeds can tell."
-        if cell.rates != other.rates:
-            line += (
-                f" It had {len(cell.rates)} learning rates to choose from, not {len(other.rates)}."
-            )
-        lines.append(line)
+        if other is not None:
+            lines.append(compared(cell, other))
+        elif not versus.is_it(cell) and not cell.leaky:
+            alone.append(cell.label)
     if alone:
         lines.append(f"Without a {versus.key}={versus.value} to compare with: {', '.join(alone)}.")
     for end, word in ((0, "lowest"), (-1, "highest")):

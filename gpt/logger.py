@@ -160,8 +160,8 @@ class Wandb:
 
         def call(run: Any) -> None:
             import numpy as np
-
             import wandb
+
             from gpt.stats import EDGES
 
             def shown(value: Any) -> Any:

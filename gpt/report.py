@@ -5,15 +5,15 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
 from gpt.cells import Baseline, Cell, Summary, in_order, interval, ordered, tuned
-from gpt.files import flatten, read_jsonl
-from gpt.findings import MANY, activations, plain_words, table, to_csv, to_markdown
+from gpt.files import read_jsonl
+from gpt.findings import MANY, activations, numbers, plain_words, table, to_csv, to_markdown
 from gpt.results import read_config
 
 
@@ -100,15 +100,6 @@ def depth_maps(cells: list[Cell]) -> dict[str, dict[str, Any]]:
             drawn = {"x": steps, "y": list(by_depth), "z": list(by_depth.values())}
             maps.setdefault(name, {})[cell.label] = drawn
     return maps
-
-
-def numbers(row: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """The name, the depth or site, and the value of every number in a row of `stats.jsonl`."""
-    for group in row.keys() - {"step"}:
-        for depth, entry in row[group].items():
-            for key, value in flatten(entry, "/").items():
-                if isinstance(value, (int, float)):  # no histogram, no null
-                    yield f"{group}: {key}", depth, value
 
 
 def differing(

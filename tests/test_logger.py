@@ -157,7 +157,10 @@ def history_is_the_metrics(run: Run, run_dir: Path) -> None:
 
 def sync(offline: Path, env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "wandb", "sync", str(offline)]
-    result = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    folder = offline.parent  # it writes logs to where it is called
+    result = subprocess.run(
+        command, env=os.environ | env, cwd=folder, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
 
 
