@@ -18,7 +18,8 @@ from gpt.config import Config, DataConfig
 from gpt.corpus import CHUNK, Corpus, open_corpus
 from gpt.data import TrainBatches, ValBatches, open_tokens, prepare
 from gpt.errors import ConfigError, DataError, MissingInput
-from tests.conftest import make_config, program, run_program
+from tests.conftest import make_config, overrides, program, run_program
+from tests.hub_server import hub_server
 
 
 def split_of(corpus: Corpus) -> dict[str, str]:
@@ -302,6 +303,39 @@ def test_tokens_that_are_prepared_need_no_network(
     monkeypatch.undo()
     monkeypatch.setattr("gpt.corpus.hub_reachable", lambda: False)
     assert len(prepare(cfg).val.ids) == 222
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_hub_name_is_downloaded_and_gives_what_its_files_give(
+    tmp_path: Path, streaming: str
+) -> None:
+    """Over HTTP, from a stand-in; what is mapped serves once more when the hub is gone."""
+    local = jsonl(tmp_path / "train.jsonl")
+
+    def tokens(url: str, path: str, data: str, *extra: str) -> tuple[bytes, ...]:
+        env = {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(tmp_path / "hub"),
+            "GPT_DATA": str(tmp_path / data),
+        }
+        args = overrides("data=hf", f"data.path={path}", f"data.streaming={streaming}", *extra)
+        result = run_program(*args, script="prepare", **env)
+        assert result.returncode == 0, result.stderr
+        return tuple(file.read_bytes() for file in sorted((tmp_path / data).rglob("*.bin")))
+
+    with hub_server("someone/corpus", {"train.jsonl": local.read_bytes()}) as (url, asked):
+        theirs = tokens(url, "someone/corpus", "theirs")
+        assert asked
+        asked.clear()
+        ours = tokens(url, str(local), "ours")
+        assert not asked  # local files ask nobody
+        env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path)}
+        none = run_program("data=hf", "data.path=someone/else", script="prepare", **env)
+    assert theirs == ours
+    assert len(ours) == 2
+    assert (none.returncode, none.stderr.count("\n")) == (65, 1)
+    if streaming == "false":
+        assert tokens(url, "someone/corpus", "again") == ours
 
 
 def test_a_hub_name_without_network_fails_at_once_with_the_way_out(tmp_path: Path) -> None:
