@@ -213,10 +213,10 @@ def kind_of(
             raise TypeError(
                 f"layer_norm: {name} is {tensor.dtype}; expected float32, bfloat16 or float16"
             )
-    pointers = [t.data_ptr() for t in (x, y, weight, *others) if t is not None]
-    alignment = 16
-    while any(p % alignment for p in pointers):
-        alignment //= 2
+    bits = 16
+    for tensor in (x, y, weight, *others):
+        bits |= 0 if tensor is None else tensor.data_ptr()
+    alignment = bits & -bits  # the lowest bit that any of them has
     B_T = x.dtype if branch is None else branch.dtype
     return Kind(
         x.shape[-1], x.dtype, B_T, y.dtype, weight.dtype, branch is not None, has_bias, alignment
