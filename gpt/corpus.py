@@ -156,7 +156,9 @@ def hf(cfg: DataConfig) -> Corpus:
 
 def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Document]:
     if not files and not hub_reachable():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by `datasets` when it is imported: cache only
+        from huggingface_hub import constants
+
+        constants.HF_HUB_OFFLINE = True  # what the cache has, without half a minute of retries
         if not hub_cached(path):
             raise MissingInput(
                 f"data.path={path}: no such file, and the hub cannot be reached; give local "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -132,17 +135,45 @@ def program(*args: str, script: str = "train", cwd: Path = REPO, **env: str) -> 
 
 
 def run_program(
-    *args: str, script: str = "train", cwd: Path = REPO, timeout: float = 120, **env: str
+    *args: str, script: str = "train", cwd: Path = REPO, timeout: int = 120, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a script as a user does, and give back what it printed."""
-    return subprocess.run(
-        program(*args, script=script),
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **env},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    argv = program(*args, script=script)[1:]
+    return run_script(argv, cwd, {"COLUMNS": "160", **env}, timeout)
+
+
+def run_script(
+    argv: list[str], cwd: Path, env: dict[str, str], timeout: int
+) -> subprocess.CompletedProcess[str]:
+    """`python *argv` in a process of its own, without the seconds that importing torch takes."""
+    with TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        out.touch(), err.touch()
+        request = {
+            "argv": argv,
+            "cwd": str(cwd),
+            "env": {**os.environ, "OMP_NUM_THREADS": "1", **env},
+            "files": [os.devnull, str(out), str(err)],
+            "timeout": timeout,
+        }
+        process = zygote()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        code = int(process.stdout.readline())
+        return subprocess.CompletedProcess(argv, code, out.read_text(), err.read_text())
+
+
+@cache
+def zygote() -> subprocess.Popen[str]:
+    """See zygote.py; it ends with the process that started it."""
+    command = [sys.executable, str(REPO / "tests" / "zygote.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
+    atexit.register(process.communicate)
+    return process
 
 
 def read_rows(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:

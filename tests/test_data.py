@@ -312,16 +312,13 @@ def test_a_hub_name_is_downloaded_and_gives_what_its_files_give(
     """Over HTTP, from a stand-in; what is mapped serves once more when the hub is gone."""
     local = jsonl(tmp_path / "train.jsonl")
 
-    def tokens(url: str, path: str, data: str, *extra: str) -> tuple[bytes, ...]:
-        env = {
-            "HF_ENDPOINT": url,
-            "HF_HOME": str(tmp_path / "hub"),
-            "GPT_DATA": str(tmp_path / data),
-        }
-        args = overrides("data=hf", f"data.path={path}", f"data.streaming={streaming}", *extra)
+    def tokens(url: str, path: str, folder: str) -> tuple[bytes, ...]:
+        env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "GPT_DATA": str(tmp_path / folder)}
+        args = overrides("data=hf", f"data.path={path}", f"data.streaming={streaming}")
         result = run_program(*args, script="prepare", **env)
         assert result.returncode == 0, result.stderr
-        return tuple(file.read_bytes() for file in sorted((tmp_path / data).rglob("*.bin")))
+        assert "Retrying" not in result.stderr  # half a minute, where the hub is known to be gone
+        return tuple(file.read_bytes() for file in sorted((tmp_path / folder).rglob("*.bin")))
 
     with hub_server("someone/corpus", {"train.jsonl": local.read_bytes()}) as (url, asked):
         theirs = tokens(url, "someone/corpus", "theirs")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shlex
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, overrides, run_program
+from tests.conftest import REPO, overrides, run_program, run_script
 
 # Each line may import from the lines below it only, and not from its own.
 BASES = ["norms.layer", "norms.batch", "norms.rms"]  # that other norms build upon
@@ -181,14 +180,7 @@ def run(folder: Path, args: list[str]) -> subprocess.CompletedProcess[str]:
         narrow = ["seed=1", "optim.lr=1e-3"] if "-m" in args else []  # of a grid, a part
         args = args + [a for a in TINY + narrow if a.split("=")[0] not in given]
         args = [a if not a.startswith("train.steps=") else "train.steps=2" for a in args]
-    return subprocess.run(
-        [sys.executable, *args[1:]],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_script(args[1:], folder, {}, timeout=300)
 
 
 @pytest.mark.parametrize("command", readme_commands())
