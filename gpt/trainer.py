@@ -194,6 +194,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
     compiled = model
     if cfg.compile:
         torch.compiler.reset()  # what other cells of a sweep have compiled
+        warnings.filterwarnings("ignore", "TensorFloat32")  # float32 means float32 here
         compiled = torch.compile(model)  # type: ignore[assignment]
     leaky = {"leaky": True} if run.sight.training else {}
     unread: list[Row] = []

@@ -6,9 +6,10 @@ import atexit
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,9 @@ from hydra import compose, initialize_config_dir
 import gpt.norms  # noqa: F401
 from gpt.config import Config, register_schemas, typed
 from gpt.errors import UserError
+from gpt.kernels import layer_norm
 from gpt.norms.registry import NORMS, load_module, norm_class
+from tests.on_host import Host
 
 BUILDABLE = [n for n in NORMS if n != "cuda_layer" or torch.cuda.is_available()]
 REPO = Path(__file__).resolve().parent.parent
@@ -128,6 +131,28 @@ def config(corpus: Path, tmp_path: Path) -> Callable[..., Config]:
         return make_config("data=text", f"data.path={corpus}", *run_dir, *extra)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to build the host emulation with")
+    return Host(tmp_path_factory.mktemp("builds"))
+
+
+@pytest.fixture
+def kernels_on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CUDA LayerNorm takes tensors of the CPU. Of its own code all runs but the driver's part;
+    what it leaves unwritten is NaN."""
+    monkeypatch.setattr(layer_norm, "launch", host.launch)
+    monkeypatch.setattr(layer_norm, "multiprocessors", lambda _: 3)
+    library = torch.library.Library("gpt_norms", "IMPL")
+    library.impl("layer_norm", layer_norm.forward_cuda, "CPU")
+    library.impl("layer_norm_backward", layer_norm.backward_cuda, "CPU")
+    torch.use_deterministic_algorithms(True)  # fills what `empty` gives
+    yield
+    torch.use_deterministic_algorithms(False)
+    library._destroy()
 
 
 def program(*args: str, script: str = "train", cwd: Path = REPO, **env: str) -> list[str]:

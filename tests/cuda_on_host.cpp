@@ -129,27 +129,29 @@ static unsigned short float_to_half(float f) {  // to nearest even
 
 extern "C" {
 #if FORWARD
-void forward(unsigned blocks, const X_T* x, const B_T* branch, const W_T* weight, const W_T* bias,
-             Y_T* y, X_T* stream, float* mean, float* rstd, i64 n_rows, float eps) {
-    launch({blocks, 1, 1}, THREADS * ROWS, [=] {
+void forward(unsigned grid_x, unsigned grid_y, unsigned threads, const X_T* x, const B_T* branch,
+             const W_T* weight, const W_T* bias, Y_T* y, X_T* stream, float* mean, float* rstd,
+             i64 n_rows, float eps) {
+    launch({grid_x, grid_y, 1}, threads, [=] {
         layer_norm_forward(x, branch, weight, bias, y, stream, mean, rstd, n_rows, eps);
     });
 }
 #else
-void backward(unsigned blocks, const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight,
-              const float* mean, const float* rstd, X_T* dx, B_T* dbranch, float* partial,
-              i64 n_rows) {
-    launch({blocks, 1, 1}, THREADS, [=] {
+void backward(unsigned grid_x, unsigned grid_y, unsigned threads, const Y_T* dy, const X_T* dstream,
+              const X_T* x, const W_T* weight, const float* mean, const float* rstd, X_T* dx,
+              B_T* dbranch, float* partial, i64 n_rows) {
+    launch({grid_x, grid_y, 1}, threads, [=] {
         layer_norm_backward(dy, dstream, x, weight, mean, rstd, dx, dbranch, partial, n_rows);
     });
 }
-void columns(unsigned chunks, const Y_T* dy, const X_T* x, const float* mean, const float* rstd,
-             float* partial, i64 n_rows) {
-    launch({(C + 255) / 256, chunks, 1}, 256,
+void columns(unsigned grid_x, unsigned grid_y, unsigned threads, const Y_T* dy, const X_T* x,
+             const float* mean, const float* rstd, float* partial, i64 n_rows) {
+    launch({grid_x, grid_y, 1}, threads,
            [=] { layer_norm_columns(dy, x, mean, rstd, partial, n_rows); });
 }
-void finalise(const float* partial, W_T* dweight, W_T* dbias, int n_partial) {
-    launch({(2 * C + 31) / 32, 1, 1}, 256,
+void finalise(unsigned grid_x, unsigned grid_y, unsigned threads, const float* partial, W_T* dweight,
+              W_T* dbias, int n_partial) {
+    launch({grid_x, grid_y, 1}, threads,
            [=] { layer_norm_finalise(partial, dweight, dbias, n_partial); });
 }
 #endif

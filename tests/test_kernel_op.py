@@ -1,8 +1,7 @@
-"""torch's side of the CUDA LayerNorm: gradients, autocast, compile, on the CPU by formula."""
+"""torch's side of the CUDA LayerNorm: gradients, autocast, compile, with kernels on the host."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,45 +21,7 @@ from tests.conftest import make_config, read_rows
 from tests.test_kernels import BF16, F32
 
 
-@pytest.fixture(scope="module")
-def cpu_reference() -> Iterator[None]:
-    """The op on the CPU, by formula, so that everything around the kernels runs without a GPU."""
-
-    def forward(x, branch, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
-        y, stream, mean, rstd = kernels.forward_outputs(x, branch, dtype)
-        added = x if branch is None else (x.float() + branch.float()).to(x.dtype)
-        if branch is not None:
-            stream.copy_(added)
-        rows = added.float().flatten(0, -2) if x.dim() > 1 else added.float()[None]
-        variance, mu = torch.var_mean(rows, -1, unbiased=False)
-        mean.copy_(mu), rstd.copy_((variance + eps).rsqrt())
-        y.copy_(F.layer_norm(added.float(), x.shape[-1:], weight.float(), None, eps))
-        if bias is not None:
-            y.copy_(y.float() + bias.float())
-        return y, stream, mean, rstd
-
-    def backward(dy, dstream, x, weight, mean, rstd, has_bias, branch_dtype):  # type: ignore[no-untyped-def]
-        dx, dbranch, dweight, dbias = kernels.backward_outputs(x, weight, has_bias, branch_dtype)
-        x_hat = (x.float() - mean.view(*x.shape[:-1], 1)) * rstd.view(*x.shape[:-1], 1)
-        g = dy.float() * weight.float()
-        value = g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)
-        value = value * rstd.view(*x.shape[:-1], 1)
-        dx.copy_(value if dstream is None else value + dstream.float())
-        if dbranch.numel():
-            dbranch.copy_(dx)
-        dweight.copy_((dy.float() * x_hat).flatten(0, -2).sum(0))
-        if has_bias:
-            dbias.copy_(dy.float().flatten(0, -2).sum(0))
-        return dx, dbranch, dweight, dbias
-
-    library = torch.library.Library("gpt_norms", "IMPL")
-    library.impl("layer_norm", forward, "CPU")
-    library.impl("layer_norm_backward", backward, "CPU")
-    yield
-    library._destroy()
-
-
-def test_torch_accepts_the_ops(cpu_reference: None) -> None:
+def test_torch_accepts_the_ops(kernels_on_host: None) -> None:
     x, branch, weight, bias = (
         torch.randn(2, 3, 8),
         torch.randn(2, 3, 8),
@@ -77,7 +38,7 @@ def test_torch_accepts_the_ops(cpu_reference: None) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients_reach_both_summands_and_the_weights(cpu_reference: None, bias: bool) -> None:
+def test_gradients_reach_both_summands_and_the_weights(kernels_on_host: None, bias: bool) -> None:
     torch.manual_seed(0)
     x, branch = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)
     weight = torch.randn(8, requires_grad=True)
@@ -96,7 +57,7 @@ def test_gradients_reach_both_summands_and_the_weights(cpu_reference: None, bias
     torch.testing.assert_close(only_stream[0], dstream)
 
 
-def test_autocast_decides_the_output_s_dtype(cpu_reference: None) -> None:
+def test_autocast_decides_the_output_s_dtype(kernels_on_host: None) -> None:
     x, weight = torch.randn(2, 8, requires_grad=True), torch.ones(8)
     with torch.autocast("cpu", BF16):
         y = layer_norm(x, weight, None, 1e-5)
@@ -108,7 +69,7 @@ def test_autocast_decides_the_output_s_dtype(cpu_reference: None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's own, of autograd.Function
-def test_compiles_whole_with_dynamic_shapes(cpu_reference: None) -> None:
+def test_compiles_whole_with_dynamic_shapes(kernels_on_host: None) -> None:
     weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
 
     def block(x: Tensor, branch: Tensor) -> Tensor:
@@ -132,8 +93,8 @@ def test_choosing_the_norm_without_a_device_is_the_design_s_error() -> None:
 
 
 @pytest.fixture
-def cuda_layer_on_the_cpu(cpu_reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """norm=cuda_layer can be built, and runs by formula."""
+def cuda_layer_on_the_cpu(kernels_on_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """norm=cuda_layer can be built, and its kernels run on the host."""
     cuda = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))
     fake = SimpleNamespace(ones=torch.ones, zeros=torch.zeros, **vars(cuda))
     monkeypatch.setattr("gpt.norms.cuda_layer.torch", fake)
@@ -181,6 +142,9 @@ def test_the_norm_trains_like_layer_where_the_op_is_there(
             f"data.path={corpus}",
             f"norm={norm}",
             f"run_dir={tmp_path}/{norm}",
+            "train.steps=3",
+            "train.eval_tokens=32",
+            "model.block_size=16",
         ]
         train(make_config(*overrides))
         losses.append([row["loss"] for row in read_rows(tmp_path / norm) if "loss" in row])

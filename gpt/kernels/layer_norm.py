@@ -251,6 +251,7 @@ def launch(
             values.append(argument)
             types.append(c_float if isinstance(argument, float) else c_longlong)
     with torch.cuda.device(device):
+        nvrtc.make_current(device.index)
         function = kernel(plan, device.index, name)
         stream = torch.cuda.current_stream(device).cuda_stream
         nvrtc.launch(function, grid, threads, stream, tuple(values), tuple(types))

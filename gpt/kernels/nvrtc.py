@@ -81,6 +81,19 @@ def cached_cubin(source: str, options: tuple[str, ...], arch: str) -> bytes:
     return cubin
 
 
+def make_current(device: int) -> None:
+    """Bind torch's context on `device` to this thread, as the driver wants it: the thread in which
+    torch runs a backward pass has none before a kernel is launched there through the runtime."""
+    driver, _ = bindings()
+    check(driver, driver.cuCtxSetCurrent(primary_context(device)))
+
+
+@cache
+def primary_context(device: int) -> Any:
+    driver, _ = bindings()
+    return check(driver, driver.cuDevicePrimaryCtxRetain(check(driver, driver.cuDeviceGet(device))))
+
+
 def kernel(source: str, options: tuple[str, ...], arch: str, device: int, name: str) -> Any:
     """The function `name` of a compiled source, loaded on `device`, whose context is current."""
     driver, _ = bindings()

