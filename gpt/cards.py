@@ -23,7 +23,12 @@ def example(name: str, width: int, block_size: int = SHAPE[1]) -> Any:
     options: dict[str, Any] = sizes(name, block_size)
     if "groups" in inspect.signature(norm_class(name)).parameters and width % 4:
         options["groups"] = 1
-    return build_norm(name, width, **options)
+    return build_norm(name, width, **options).to(home(name))
+
+
+def home(name: str) -> str:
+    """The device of its example: only our kernel has no other than CUDA."""
+    return "cuda" if name == "cuda_layer" else "cpu"
 
 
 def parameters(name: str) -> str:
@@ -43,12 +48,14 @@ def bytes_moved(name: str) -> int:
 def measure(names: list[str], repeats: int = 7) -> dict[str, float]:
     """Milliseconds of forward and backward on SHAPE, fp32, this machine: medians, in turns."""
     norms = {name: example(name, SHAPE[2]) for name in names}
-    x = torch.randn(SHAPE, requires_grad=True)
+    inputs = {name: torch.randn(SHAPE, device=home(name), requires_grad=True) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
         for name, norm in norms.items():
             start = time.perf_counter()
-            (norm(x) * 1.0).sum().backward()
+            (norm(inputs[name]) * 1.0).sum().backward()
+            if home(name) == "cuda":
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
@@ -130,7 +137,7 @@ def worked_example(name: str) -> Iterator[str]:
     """Rows A (1 2 3), B (4 5 6), C (7 8 9): statistics, output, and the gradients of γ and β."""
     cls, norm = norm_class(name), example(name, 3, block_size=3)
     one_by_one = "B" in cls.axes and "T" not in cls.axes  # three samples of a token each
-    x = torch.arange(1.0, 10.0).view((3, 1, 3) if one_by_one else (1, 3, 3))
+    x = torch.arange(1.0, 10.0).view((3, 1, 3) if one_by_one else (1, 3, 3)).to(home(name))
     what = "samples of one token" if one_by_one else "tokens of one sample"
     yield f"three {what}, three features" + ", one group" * hasattr(norm, "groups")
     yield from rows(x.view(3, 3))
@@ -161,7 +168,7 @@ def gradients(norm: Any, y: Tensor) -> Iterator[str]:
     if weight is None or not y.requires_grad:
         yield "no γ and no β"
         return
-    dy = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0], [2.0, 0.0, 1.0]]).view(y.shape)
+    dy = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0], [2.0, 0.0, 1.0]]).view(y.shape).to(y)
     y.backward(dy)
     both = "γ and β have" if bias is not None else "γ has"
     shared = "one number a feature" if weight.numel() > 1 else "one number in all"

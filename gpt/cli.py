@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -71,13 +72,14 @@ def run(app: Callable[[], None]) -> None:
 
 
 def tell(error: Exception) -> int:
-    """Say what is wrong in one line on stderr; its exit code. A bug is raised again, whole."""
+    """Say what is wrong in one line on stderr, of a bug the whole traceback; the exit code."""
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone: `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     message, code = explain(error)
     if code is None or os.environ.get(TRACEBACK):
-        raise error
+        traceback.print_exception(error)
+        return code or 1
     print(f"error: {message}", file=sys.stderr)
     return code
 

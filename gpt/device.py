@@ -33,6 +33,7 @@ def resolve_device(name: str) -> torch.device:
 def reset_peak_memory(device: torch.device) -> None:
     """Forget what earlier runs of this process took, where the system lets us: not on macOS."""
     if device.type == "cuda":
+        torch.cuda.init()  # which a device with an index would have had to be
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5)

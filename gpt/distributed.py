@@ -39,6 +39,12 @@ def processes(device: str) -> Iterator[None]:
         raise ConfigError(f"device={device}: each of several processes has its own; say cuda")
     on_cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if on_cuda:
+        here, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > devices:
+            raise ConfigError(
+                f"device={device}: {here} processes, but {devices} CUDA devices; start as many, or "
+                "say device=cpu"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:

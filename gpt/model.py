@@ -43,12 +43,17 @@ class BlockPlan:
     gain: Mapping[str, float] = field(default_factory=dict)
 
 
-def add_norm(norm: nn.Module, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(norm(x + branch), x + branch): one pass over memory for a norm that `adds` by itself."""
+def add_norm(
+    norm: nn.Module, x: Tensor, branch: Tensor | None, stays: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(norm(x + branch), x + branch): one pass over memory for a norm that `adds` by itself.
+
+    stays  whether what the norm gives is the residual stream, which keeps its type under autocast
+    """
     if branch is None:
         return norm(x), x
     if getattr(norm, "adds", False):
-        return norm(x, branch)
+        return norm(x, branch, stays)
     x = x + branch
     return norm(x), x
 
@@ -88,7 +93,7 @@ class Sublayer(nn.ModuleDict, ABC):
         x = x if self.plan.alpha == 1 else self.plan.alpha * x
         if isinstance(self["after"], nn.Identity):
             return x, branch
-        return add_norm(self["after"], x, branch)[0], None
+        return add_norm(self["after"], x, branch, stays=True)[0], None
 
 
 class CausalSelfAttention(Sublayer):

@@ -222,7 +222,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             evaluating = step % t.eval_every == 0 or step == t.steps
             reading = device.type == "cpu" or step % READ_EVERY == 0
             # Looked at once, and by all processes alike: what says "stopped" has been saved.
-            stopping = reading and on_any_process(bool(signals))
+            stopping = (reading or world_size() == 1) and on_any_process(bool(signals))
             saving = step % t.checkpoint_every == 0 or step == t.steps or stopping
             if not (reading or counting or evaluating or saving):
                 continue
@@ -302,22 +302,29 @@ def gradients_stay(forward: nn.Module, more_to_come: bool) -> AbstractContextMan
 
 
 def read(rows: list[Row]) -> list[dict[str, Any]]:
-    """The numbers of several steps in one transfer: the only place where training waits."""
-    values = torch.stack([torch.stack([row.loss, row.grad_norm]) for row in rows]).tolist()
-    return [
-        {"step": row.step, "loss": loss, "grad_norm": grad_norm, "lr": row.lr}
-        for row, (loss, grad_norm) in zip(rows, values, strict=True)
-    ]
+    """The numbers of several steps in one transfer, to the first that are not finite: the only
+    place where training waits."""
+    numbers = torch.stack([torch.stack([row.loss, row.grad_norm]) for row in rows]).tolist()
+    result = []
+    for row, (loss, grad_norm) in zip(rows, numbers, strict=True):
+        result.append({"step": row.step, "loss": loss, "grad_norm": grad_norm, "lr": row.lr})
+        if not finite(result[-1]):
+            break
+    return result
+
+
+def finite(row: dict[str, Any]) -> bool:
+    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
 
 
 def stop_if_diverged(
     run: Run, state: TrainState, rows: list[dict[str, Any]], batches: TrainBatches
 ) -> None:
-    """Raise Diverged at the first row that is not finite, naming the site where it shows first."""
-    bad = [r for r in rows if not (math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]))]
-    if not bad:
+    """Raise Diverged where the last row is not finite, naming the site where it shows first."""
+    last = rows[-1]
+    if finite(last):
         return
-    state.step = bad[0]["step"]
+    state.step = last["step"]
     site = "only in the backward pass"
     for x, y in batches.at(state.step, run.device):
         record: stats.Record = {}
@@ -333,8 +340,8 @@ def stop_if_diverged(
         if on_any_process(bool(found)):
             break
     raise Diverged(
-        f"diverged at step {state.step}: loss {bad[0]['loss']}, gradient norm "
-        f"{bad[0]['grad_norm']}, {site}; what {run.dir} has of "
+        f"diverged at step {state.step}: loss {last['loss']}, gradient norm "
+        f"{last['grad_norm']}, {site}; what {run.dir} has of "
         "checkpoints is from before. Try a smaller optim.lr or another norm"
     )
 

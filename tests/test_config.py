@@ -194,3 +194,13 @@ def test_the_run_name_changes_with_the_configuration_only() -> None:
 
 def test_no_config_names_a_callable() -> None:
     assert not [p for p in CONFIGS.rglob("*.yaml") if "_target_" in p.read_text()]
+
+
+def test_a_bug_is_told_whole_and_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """And is not kept: in a sweep its frames would hold the cell's model to the end."""
+    with pytest.raises(RuntimeError) as raised:
+        raise RuntimeError("boom")
+    assert cli.tell(raised.value) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback")
+    assert told.endswith("RuntimeError: boom\n")

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from gpt.distributed import processes
+from gpt.errors import ConfigError
 from tests.conftest import REPO, overrides, read_rows, run_program
 
 
@@ -22,6 +25,15 @@ def torchrun(*args: str, processes: int = 2) -> subprocess.CompletedProcess[str]
         cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=180,
     )  # fmt: skip
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="2 processes, but 1 CUDA devices"), processes("cuda"):
+        pass
 
 
 @pytest.mark.parametrize(

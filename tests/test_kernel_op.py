@@ -132,6 +132,33 @@ def test_a_model_with_fused_residuals_equals_the_plain_one(
     assert fused == {"parallel": 2, "hybrid": 3}.get(placement, 4)
 
 
+@pytest.mark.parametrize("placement", ["pre", "post", "peri"])
+def test_under_autocast_the_residual_stream_is_float32_as_with_layer(
+    cuda_layer_on_the_cpu: None, placement: str
+) -> None:
+    """Also where it is what a norm gives; only what goes into a product is bfloat16."""
+    idx = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(0))
+    streams: dict[str, list[torch.dtype]] = {}
+    for norm in ("layer", "cuda_layer"):
+        where = [f"norm={norm}", f"placement={placement}", "placement.embd=true"]
+        model = build_model(make_config("data=pydoc", *where), 61)
+        for block in model.h:
+            block.register_forward_hook(
+                lambda _, inputs, output, norm=norm: streams.setdefault(norm, []).extend(
+                    [inputs[0].dtype, output[0].dtype]
+                )
+            )
+        with torch.autocast("cpu", BF16):
+            model(idx)
+    assert streams["cuda_layer"] == streams["layer"] == [F32] * 4
+
+
+def test_tensors_elsewhere_are_refused_in_one_line() -> None:
+    """As with device=cpu on a machine that has a CUDA device."""
+    with pytest.raises(MissingInput, match="'cuda_layer' needs device=cuda, not cpu"):
+        layer_norm(torch.ones(2, 8), torch.ones(8), None, 1e-5)
+
+
 def test_the_norm_trains_like_layer_where_the_op_is_there(
     cuda_layer_on_the_cpu: None, corpus: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from gpt.results import load_summaries, print_table
@@ -52,6 +53,7 @@ def test_the_ready_sweep_is_norm_by_placement_by_batch_size(corpus: Path, tmp_pa
     assert {s["norm"] for s in cells(tmp_path / "runs")} == {"layer", "rms", "dummy", "batch"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_failed_cell_is_named_and_the_others_go_on(corpus: Path, tmp_path: Path) -> None:
     result = sweep(corpus, "norm=cuda_layer,rms,layer", cwd=tmp_path)
     assert result.returncode == 66

@@ -14,7 +14,7 @@ from gpt.config import Config
 from gpt.device import peak_memory, reset_peak_memory
 from gpt.errors import ConfigError, Diverged
 from gpt.norms.registry import NORMS
-from gpt.trainer import train
+from gpt.trainer import Row, read, train
 from tests.conftest import REPO, curve, read_rows, run_program
 
 GOLDEN = REPO / "tests" / "golden"
@@ -135,6 +135,14 @@ def test_bfloat16_trains_close_to_float32(config: Callable[..., Config], tmp_pat
     )
     assert a != b
     assert a == pytest.approx(b, rel=0.01)
+
+
+def test_steps_after_the_first_that_is_not_finite_are_not_told() -> None:
+    """An accelerator has taken them before its losses are read."""
+    losses = [2.0, math.nan, 1.0, 1.0]
+    rows = [Row(i, 1e-3, torch.tensor(loss), torch.tensor(1.0)) for i, loss in enumerate(losses)]
+    assert [row["step"] for row in read(rows)] == [0, 1]
+    assert len(read(rows[2:])) == 2
 
 
 def test_a_run_that_diverges_stops_before_the_update_and_names_step_and_site(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt.errors import MissingInput
 from gpt.kernels import nvrtc
 
 SOURCE = (Path(__file__).parent / "layer_norm.cu").read_text()
@@ -257,6 +258,10 @@ def launch(
         nvrtc.launch(function, grid, threads, stream, tuple(values), tuple(types))
 
 
+def refuse(x: Tensor, *_: Any) -> None:
+    raise MissingInput(f"norm 'cuda_layer' needs device=cuda, not {x.device}; use norm=layer")
+
+
 LIBRARY = torch.library.Library("gpt_norms", "DEF")
 LIBRARY.define(
     "layer_norm(Tensor x, Tensor? branch, Tensor weight, Tensor? bias, float eps, ScalarType dtype)"
@@ -267,6 +272,7 @@ LIBRARY.define(
     " Tensor rstd, bool has_bias, ScalarType? branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("layer_norm", forward_cuda, "CUDA")
+LIBRARY.impl("layer_norm", refuse, "CPU")
 LIBRARY.impl("layer_norm_backward", backward_cuda, "CUDA")
 torch.library.register_fake(
     "gpt_norms::layer_norm",
@@ -342,10 +348,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 
 def add_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the LayerNorm of x + branch; x + branch; and each row's mean and 1/√(σ² + ε), fp32.
 
-    All in one pass over memory. Without a branch the second is empty: it would be x.
+    All in one pass over memory. Without a branch the second is empty: it would be x. y has `dtype`,
+    or else that of autocast, see `output_dtype`.
     """
-    return AddNorm.apply(x, branch, weight, bias, eps, output_dtype(x))
+    return AddNorm.apply(x, branch, weight, bias, eps, dtype or output_dtype(x))

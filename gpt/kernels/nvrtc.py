@@ -68,7 +68,9 @@ def cache_dir() -> Path:
 
 def cached_cubin(source: str, options: tuple[str, ...], arch: str) -> bytes:
     """`compile_source`, remembered on disk; a cache that cannot be written is done without."""
-    key = hashlib.sha256("\0".join([source, arch, *options]).encode()).hexdigest()
+    _, nvrtc = bindings()
+    version = repr(nvrtc.nvrtcVersion())  # an older driver may not load what a newer one made
+    key = hashlib.sha256("\0".join([source, arch, version, *options]).encode()).hexdigest()
     path = cache_dir() / f"{key}.cubin"
     if path.exists():
         return path.read_bytes()

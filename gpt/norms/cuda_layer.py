@@ -14,9 +14,10 @@ from gpt.norms.registry import check_at_least, register
 class CudaLayerNorm(nn.Module):
     """y = γ (x − μ)/√(σ² + ε) + β over C, biased σ², in one CUDA kernel.  (B, T, C) → (B, T, C)
 
-    Statistics are fp32; under autocast y has the autocast dtype, so that the product that follows
-    need not cast. Given a branch as well it returns (norm of x + branch, x + branch), in the same
-    one pass. Never a silent fallback: without a CUDA device MissingInput is raised.
+    Statistics are fp32. Given a branch as well it returns (norm of x + branch, x + branch) in the
+    same one pass. Its norm then has the autocast dtype, so that the product that follows need not
+    cast, unless it `stays`: is the residual stream, which keeps its own. Never a silent fallback:
+    without a CUDA device MissingInput is raised.
 
     n_embd  C
     eps     ε > 0
@@ -41,8 +42,11 @@ class CudaLayerNorm(nn.Module):
         self.keep_rows = False  # while statistics are taken: leave the rows' own in `rows`
         self.rows: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        y, stream, mean, rstd = add_norm(x, branch, self.weight, self.bias, self.eps)
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, stays: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        dtype = x.dtype if branch is None or stays else None
+        y, stream, mean, rstd = add_norm(x, branch, self.weight, self.bias, self.eps, dtype)
         if self.keep_rows:
             self.rows = mean, (rstd.square().reciprocal() - self.eps).clamp_min(0)
         return y if branch is None else (y, stream)

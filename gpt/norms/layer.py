@@ -65,5 +65,6 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fast:
-            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            y = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            return y.to(x.dtype)  # under autocast on CUDA it is float32, whatever x is
         return layer_norm(x, self.weight, self.bias, self.eps, self.unbiased)

@@ -22,7 +22,7 @@ What a norm may have beside `forward`, each looked for where it is used:
     discrepancy(x)           how far x's own statistics are from the running ones
     saturation(x)            the share of x where it is nearly flat
     affine()                 in evaluation: (scale, shift), (C,) each, where it is x·scale + shift
-    adds                     it takes (x, branch) and gives (norm of the sum, sum)
+    adds                     it takes (x, branch, stays) and gives (norm of the sum, sum)
 """
 
 from __future__ import annotations
