@@ -226,13 +226,14 @@ def test_the_first_norm_that_reads_the_stream_adds_the_branch() -> None:
     class Adding(nn.Module):
         adds = True
 
-        def forward(self, x: Tensor, branch: Tensor | None = None):  # type: ignore[no-untyped-def]
-            return x if branch is None else (10 * (x + branch), x + branch)
+        def forward(self, x, branch=None, stays=False):  # type: ignore[no-untyped-def]
+            return x if branch is None else ((10 + stays) * (x + branch), x + branch)
 
     x, branch = torch.ones(2), torch.full((2,), 2.0)
     y, stream = add_norm(Adding(), x, branch)
     assert y.tolist() == [30, 30]
     assert stream.tolist() == [3, 3]
+    assert add_norm(Adding(), x, branch, stays=True)[0].tolist() == [33, 33]
     assert add_norm(nn.Identity(), x, branch)[0].tolist() == [3, 3]
     assert add_norm(Adding(), x, None)[0] is x
 
