@@ -122,12 +122,7 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
 def sample_text(run: Run) -> str:
     """What the model writes after a line's end."""
     pieces = generate(
-        run.model,
-        run.data.tokenizer,
-        "\n",
-        max_new_tokens=200,
-        temperature=0.6,
-        seed=run.cfg.seed,
+        run.model, run.data.tokenizer, "\n", max_new_tokens=200, temperature=0.6, seed=run.cfg.seed
     )
     return "".join(pieces)
 
