@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -26,9 +21,9 @@ from gpt.errors import UserError
 from gpt.kernels import layer_norm
 from gpt.norms.registry import NORMS, load_module, norm_class
 from tests.on_host import Host
+from tests.programs import REPO
 
 BUILDABLE = [n for n in NORMS if n != "cuda_layer"]  # that one has tests/gpu and test_kernels
-REPO = Path(__file__).resolve().parent.parent
 TINY = {
     "model.n_layer": 2,
     "model.n_head": 2,
@@ -156,52 +151,6 @@ def kernels_on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     yield
     torch.use_deterministic_algorithms(False)
     library._destroy()
-
-
-def program(*args: str, script: str = "train", cwd: Path = REPO, **env: str) -> list[str]:
-    return [sys.executable, str(REPO / "scripts" / f"{script}.py"), *args]
-
-
-def run_program(
-    *args: str, script: str = "train", cwd: Path = REPO, timeout: int = 120, **env: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user does, and give back what it printed."""
-    argv = program(*args, script=script)[1:]
-    return run_script(argv, cwd, {"COLUMNS": "160", **env}, timeout)
-
-
-def run_script(
-    argv: list[str], cwd: Path, env: dict[str, str], timeout: int
-) -> subprocess.CompletedProcess[str]:
-    """`python *argv` in a process of its own, without the seconds that importing torch takes."""
-    with TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        out.touch(), err.touch()
-        request = {
-            "argv": argv,
-            "cwd": str(cwd),
-            "env": {**os.environ, "OMP_NUM_THREADS": "1", **env},
-            "files": [os.devnull, str(out), str(err)],
-            "timeout": timeout,
-        }
-        process = zygote()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        code = int(process.stdout.readline())
-        return subprocess.CompletedProcess(argv, code, out.read_text(), err.read_text())
-
-
-@cache
-def zygote() -> subprocess.Popen[str]:
-    """See zygote.py; it ends with the process that started it."""
-    command = [sys.executable, str(REPO / "tests" / "zygote.py")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
-    atexit.register(process.communicate)
-    return process
 
 
 def read_rows(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:

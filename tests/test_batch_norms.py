@@ -23,7 +23,8 @@ from gpt.norms.rbn import RegularisedBatchNorm
 from gpt.norms.registry import begin_step, commit, defer, norms_of, penalties
 from gpt.placement import build_model
 from gpt.trainer import train
-from tests.conftest import make_config, read_rows, run_program
+from tests.conftest import make_config, read_rows
+from tests.programs import run_program
 
 BATCH_NORMS = ["batch", "batch_ema", "rbn", "power", "repbn", "prepbn"]
 

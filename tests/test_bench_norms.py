@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.conftest import REPO, run_program
+from tests.programs import REPO, run_program
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import pytest
 
 from gpt import cards
 from gpt.norms.registry import NORMS
-from tests.conftest import BUILDABLE, run_program
+from tests.conftest import BUILDABLE
+from tests.programs import run_program
 
 
 def test_every_norm_has_a_card(norm_name: str) -> None:

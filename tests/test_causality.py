@@ -14,7 +14,8 @@ from gpt.config import Config
 from gpt.errors import ConfigError
 from gpt.placement import build_model
 from gpt.trainer import train
-from tests.conftest import make_config, read_rows, run_program
+from tests.conftest import make_config, read_rows
+from tests.programs import run_program, run_pytest
 
 
 def sight(*overrides: str, steps: int = 200):  # type: ignore[no-untyped-def]
@@ -188,30 +189,16 @@ def test_a_file_that_does_not_register_the_norm_is_one_line(
 
 
 def test_pytest_s_options_are_refused_in_one_line() -> None:
-    import subprocess
-    import sys
-
-    from tests.conftest import REPO
-
     for option in (["--norm", "layr"], ["--norm-module", "nowhere.py"]):
-        command = [sys.executable, "-m", "pytest", "-n0", *option]
-        result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+        result = run_pytest(*option)
         assert result.returncode == 4
         assert "INTERNALERROR" not in result.stderr + result.stdout
 
 
 def test_the_suite_runs_for_one_s_own_norm_and_finds_its_lie(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    from tests.conftest import REPO
-
     (tmp_path / "my_norms.py").write_text(OWN)
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
-    command += ["--norm-module", str(tmp_path / "my_norms.py"), "--norm", "mine"]
-    result = subprocess.run(
-        [*command, "tests/test_conformance.py"], cwd=REPO, capture_output=True, text=True
-    )
+    own = ["--norm-module", str(tmp_path / "my_norms.py"), "--norm", "mine"]
+    result = run_pytest(*own, "tests/test_conformance.py")
     failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
     assert len(failed) == 2, result.stdout
     assert "test_it_sees_along_its_declared_axes_only[mine]" in failed[0]

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 
 from gpt import cli
 from gpt.config import Config, load_config, save_config, typed
-from tests.conftest import REPO, make_config, run_program
+from tests.conftest import make_config
+from tests.programs import REPO, run_program
 
 CONFIGS = REPO / "configs"
 GROUPS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name != "sweep")

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from gpt.norms.layer import LayerNorm
 from gpt.norms.registry import NORMS, begin_step, build_norm, commit, defer
-from tests.conftest import REPO
+from tests.programs import REPO
 from tests.references import REFERENCES
 
 Make = Callable[[int], Any]  # width → norm

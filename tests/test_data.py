@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from gpt.config import Config, DataConfig
 from gpt.corpus import CHUNK, Corpus, open_corpus
 from gpt.data import TrainBatches, ValBatches, open_tokens, prepare
 from gpt.errors import ConfigError, DataError, MissingInput
-from tests.conftest import make_config, overrides, program, run_program
+from tests.conftest import make_config, overrides
 from tests.hub_server import hub_server
+from tests.programs import run_program
 
 
 def split_of(corpus: Corpus) -> dict[str, str]:
@@ -343,7 +345,7 @@ def test_a_hub_name_without_network_fails_at_once_with_the_way_out(tmp_path: Pat
     code += "try: next(open_corpus(DataConfig('hf', 'someone/something')).documents())\n"
     code += "finally: print(time.perf_counter() - start)"
     result = subprocess.run(
-        [program()[0], "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
     )
     assert "the hub cannot be reached; give local jsonl" in result.stderr
     assert float(result.stdout) < 5  # not the 23 s of the library's retries

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,16 +14,13 @@ import torch
 
 from gpt.distributed import processes
 from gpt.errors import ConfigError
-from tests.conftest import REPO, overrides, read_rows, run_program
+from tests.conftest import overrides, read_rows
+from tests.programs import REPO, Process, run_program, run_ranks
 
 
-def torchrun(*args: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    return subprocess.run(
-        [sys.executable, *launch, str(REPO / "scripts/train.py"), *args],
-        cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=180,
-    )  # fmt: skip
+def torchrun(*args: str) -> Process:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    return Process([*launch, str(REPO / "scripts/train.py"), *args], REPO, timeout=120)
 
 
 def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +44,8 @@ def test_two_processes_train_as_one_does(
     )
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert run_program(*args, f"run_dir={alone}").returncode == 0
-    result = torchrun(*args, f"run_dir={together}")
+    args.append(f"run_dir={together}")
+    result = torchrun(*args).wait() if norm == "layer" else run_ranks(*args)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("run        ") == 1  # one process speaks
     # Where BatchNorm takes a bias away again its gradient is rounding, of which AdamW makes a step:
@@ -61,13 +58,13 @@ def test_two_processes_train_as_one_does(
 def test_two_processes_resume_to_the_bit(corpus: Path, tmp_path: Path) -> None:
     args = overrides("data=text", f"data.path={corpus}", "norm=batch", "model.dropout=0.1")
     run_dir = tmp_path / "run"
-    assert torchrun(*args, f"run_dir={run_dir}").returncode == 0
+    assert run_ranks(*args, f"run_dir={run_dir}").returncode == 0
     whole = (run_dir / "checkpoints/step_6/model.safetensors").read_bytes()
     (run_dir / "DONE").unlink()
     for file in (run_dir / "checkpoints/step_6").iterdir():
         file.unlink()
     (run_dir / "checkpoints/step_6").rmdir()
-    result = torchrun(*args, f"run_dir={run_dir}")
+    result = run_ranks(*args, f"run_dir={run_dir}")
     assert "resuming" in result.stdout
     assert (run_dir / "checkpoints/step_6/model.safetensors").read_bytes() == whole
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 6
@@ -76,29 +73,22 @@ def test_two_processes_resume_to_the_bit(corpus: Path, tmp_path: Path) -> None:
 def test_a_process_that_dies_ends_the_others_in_one_line(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     args = overrides("data=text", f"data.path={corpus}", "train.steps=100000", f"run_dir={run_dir}")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    with subprocess.Popen(
-        [sys.executable, *launch, str(REPO / "scripts/train.py"), *args], cwd=REPO, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        deadline = time.time() + 60
-        while time.time() < deadline and not (
-            (run_dir / "metrics.jsonl").exists() and len(read_rows(run_dir)) > 20
-        ):
-            time.sleep(0.2)
-        workers = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-        ).stdout.split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        stderr = process.communicate(timeout=60)[1]
-    assert process.returncode != 0
-    assert "error: another process of this run is gone; the same command resumes it" in stderr
-    assert "RuntimeError" not in stderr  # torchrun's own traceback is there
+    process = torchrun(*args)
+    while not ((run_dir / "metrics.jsonl").exists() and len(read_rows(run_dir)) > 20):
+        assert process.poll() is None, process.wait()
+        time.sleep(0.1)
+    children = ["pgrep", "-P", str(process.pid)]
+    workers = subprocess.run(children, capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    ended = process.wait()
+    assert ended.returncode != 0
+    gone = "error: another process of this run is gone; the same command resumes it"
+    assert gone in ended.stderr
+    assert "RuntimeError" not in ended.stderr  # torchrun's own traceback is there
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(corpus: Path, tmp_path: Path) -> None:
     args = overrides("data=text", f"data.path={corpus}", "train.batch_size=3")
-    result = torchrun(*args, f"run_dir={tmp_path}/run")
+    result = torchrun(*args, f"run_dir={tmp_path}/run").wait()
     assert result.returncode != 0
     assert "train.batch_size=3: expected a multiple of the 2 processes" in result.stderr

@@ -12,7 +12,8 @@ from gpt.generate import generate
 from gpt.norms.batch import batch_statistics
 from gpt.tokenizer import load_tokenizer, make_tokenizer
 from gpt.trainer import train
-from tests.conftest import make_config, run_program
+from tests.conftest import make_config
+from tests.programs import run_program
 
 
 @pytest.fixture(scope="module", params=["layer", "batch"])

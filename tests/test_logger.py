@@ -16,7 +16,8 @@ import pytest
 
 from gpt.config import Config
 from gpt.logger import RunLog, Wandb, read_jsonl, to_json, write_atomically
-from tests.conftest import REPO, curve, overrides, program, run_program
+from tests.conftest import curve, overrides
+from tests.programs import REPO, run_program, start
 from tests.wandb_server import Run, wandb_server
 
 
@@ -123,11 +124,9 @@ def test_an_unreachable_wandb_warns_once_and_the_run_succeeds(corpus: Path, tmp_
 def test_a_killed_wandb_service_does_not_stop_the_run(corpus: Path, tmp_path: Path) -> None:
     args = overrides("data=text", f"data.path={corpus}", f"run_dir={tmp_path}/a", "train.steps=400",
                      "train.eval_every=100", "wandb.mode=offline")  # fmt: skip
-    process = subprocess.Popen(
-        program(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start(*args)
     while not any(row["step"] >= 20 for row in read_jsonl(tmp_path / "a" / "metrics.jsonl")):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.wait()
         time.sleep(0.02)
     children = subprocess.run(
         ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
@@ -136,10 +135,10 @@ def test_a_killed_wandb_service_does_not_stop_the_run(corpus: Path, tmp_path: Pa
     assert services
     for pid in services:
         os.kill(pid, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
-    assert stderr.count("warning: wandb failed") == 1
-    assert stderr.count("\n") == 1
+    ended = process.wait()
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("warning: wandb failed") == 1
+    assert ended.stderr.count("\n") == 1
     assert read_jsonl(tmp_path / "a" / "metrics.jsonl")[-1]["step"] == 400
 
 
@@ -179,14 +178,12 @@ def test_a_run_that_was_stopped_is_whole_on_the_server_when_it_ends(
                      f"wandb.mode={mode}")  # fmt: skip
     with wandb_server() as server:
         env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "HOME": str(tmp_path)}
-        process = subprocess.Popen(
-            program(*args), stdout=subprocess.DEVNULL, env={**os.environ, **env}
-        )
+        process = start(*args, **env)
         while not any(row["step"] >= 50 for row in read_jsonl(run_dir / "metrics.jsonl")):
             assert process.poll() is None
             time.sleep(0.02)
-        process.send_signal(number)
-        assert process.wait(timeout=60) != 0
+        process.kill(number)
+        assert process.wait().returncode != 0
         assert not (run_dir / "DONE").exists()
         result = run_program(*args, **env)
         assert result.returncode == 0, result.stderr

@@ -206,7 +206,7 @@ def make_preset(name: str) -> ModelConfig:
     from hydra import compose, initialize_config_dir
 
     from gpt.config import typed
-    from tests.conftest import REPO
+    from tests.programs import REPO
 
     with initialize_config_dir(str(REPO / "configs"), version_base="1.3"):
         return typed(compose("train", [f"model={name}"])).model

@@ -14,7 +14,8 @@ from gpt.formula import evaluate
 from gpt.model import GPT, Block, add_norm
 from gpt.norms.registry import norms_of
 from gpt.placement import build_model
-from tests.conftest import REPO, make_config
+from tests.conftest import make_config
+from tests.programs import REPO
 
 PLACEMENTS = sorted(p.stem for p in (REPO / "configs/placement").glob("*.yaml"))
 L = 4

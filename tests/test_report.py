@@ -14,7 +14,8 @@ import pytest
 from gpt import findings, pictures, report
 from gpt.cells import Baseline, baseline, difference, interval, make_cells, ordered, tuned
 from gpt.results import load_summaries
-from tests.conftest import TINY, run_program
+from tests.conftest import TINY
+from tests.programs import run_program
 
 
 def summary(folder: Path, norm: str, seed: int, loss: float | None, **more: object) -> None:

@@ -11,10 +11,10 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ from gpt.config import Config
 from gpt.errors import ConfigError, Locked
 from gpt.run_dir import locked
 from gpt.trainer import train
-from tests.conftest import curve, overrides, program, read_rows, run_program
+from tests.conftest import curve, overrides, read_rows
+from tests.programs import REPO, Process, run_program, start
 
 STEPS = 60
 
@@ -38,21 +39,11 @@ def command(corpus: Path, run_dir: Path, *extra: str) -> list[str]:
     )  # fmt: skip
 
 
-def wait_for_step(process: subprocess.Popen[Any], run_dir: Path, step: int) -> None:
+def wait_for_step(process: Process, run_dir: Path, step: int) -> None:
     metrics = run_dir / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count('"lr"') >= step):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.wait()
         time.sleep(0.002)
-
-
-def start(args: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        program(*args),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +59,11 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bits(
 ) -> None:
     run_dir, rng = tmp_path / "run", random.Random(0)
     for at in (3, 21, 44):
-        process = start(command(corpus, run_dir))
+        process = start(*command(corpus, run_dir))
         wait_for_step(process, run_dir, at)
         time.sleep(rng.random() * 0.02)  # in a step, an evaluation or a checkpoint's write
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process.kill()
+        assert process.wait().returncode == -signal.SIGKILL
     result = run_program(*command(corpus, run_dir))
     assert result.returncode == 0, result.stderr
     assert "resuming" in result.stdout
@@ -142,12 +132,12 @@ def test_a_signal_finishes_the_step_writes_a_checkpoint_and_exits_128_plus_n(
     number: signal.Signals, corpus: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    process = start(command(corpus, run_dir))
+    process = start(*command(corpus, run_dir))
     wait_for_step(process, run_dir, 12)
-    process.send_signal(number)
-    stdout, stderr = process.communicate()
-    assert process.returncode == 128 + number, stderr
-    assert "the same command resumes" in stdout
+    process.kill(number)
+    stopped = process.wait()
+    assert stopped.returncode == 128 + number, stopped.stderr
+    assert "the same command resumes" in stopped.stdout
     step = int(checkpoint.checkpoints(run_dir)[0].name.removeprefix("step_"))
     assert step == read_rows(run_dir)[-1]["step"] >= 12
     run_program(*command(corpus, run_dir))
@@ -200,17 +190,19 @@ def test_a_disk_that_is_full_ends_with_74_and_keeps_the_old_checkpoint(
     """A limit on the size of a file stands for the full disk: the second checkpoint is too big."""
     run_dir = tmp_path / "run"
     args = command(corpus, run_dir, "train.stats_every=0")
-    process = start(args)
+    process = start(*args)
     wait_for_step(process, run_dir, 6)
     process.kill()
-    process.communicate()
+    process.wait()
     kept = checkpoint.checkpoints(run_dir)[0]
     size = (kept / "model.safetensors").stat().st_size
     limit = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     limit += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}));"
     limit += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    python, script, *rest = program(*args)
-    result = subprocess.run([python, "-c", limit, script, *rest], capture_output=True, text=True)
+    train = str(REPO / "scripts" / "train.py")
+    result = subprocess.run(
+        [sys.executable, "-c", limit, train, *args], capture_output=True, text=True
+    )
     assert result.returncode == 74, result.stderr
     assert result.stderr.count("\n") == 1
     assert "model.safetensors" in result.stderr

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, overrides, run_program, run_script
+from tests.conftest import overrides
+from tests.programs import REPO, Process, run_program, run_pytest
 
 # Each line may import from the lines below it only, and not from its own.
 BASES = ["norms.layer", "norms.batch", "norms.rms"]  # that other norms build upon
@@ -142,9 +143,8 @@ def test_the_norm_that_the_readme_adds_passes_the_suite_and_trains(
     blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
     own = tmp_path / "my_norms.py"
     own.write_text(blocks[0])
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
-    command += ["--norm-module", str(own), "--norm", "length", "tests/test_conformance.py"]
-    suite = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    options = ["--norm-module", str(own), "--norm", "length"]
+    suite = run_pytest(*options, "tests/test_conformance.py")
     assert suite.returncode == 0, suite.stdout
     assert "passed" in suite.stdout
     args = ["norm=module", f"norm.module={own}", "norm.name=length", "norm.eps=1e-3", "data=text"]
@@ -180,7 +180,7 @@ def run(folder: Path, args: list[str]) -> subprocess.CompletedProcess[str]:
         narrow = ["seed=1", "optim.lr=1e-3"] if "-m" in args else []  # of a grid, a part
         args = args + [a for a in TINY + narrow if a.split("=")[0] not in given]
         args = [a if not a.startswith("train.steps=") else "train.steps=2" for a in args]
-    return run_script(args[1:], folder, {}, timeout=300)
+    return Process(args[1:], folder, timeout=300).wait()
 
 
 @pytest.mark.parametrize("command", readme_commands())

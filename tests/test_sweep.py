@@ -13,7 +13,8 @@ from rich.console import Console
 
 from gpt.results import load_summaries, print_table
 from gpt.sweep import count_cells, progress_table
-from tests.conftest import TINY, run_program
+from tests.conftest import TINY
+from tests.programs import run_program
 
 
 def cells(folder: Path) -> list[dict]:

@@ -23,7 +23,7 @@ from gpt.tokenizer import (
     train_bpe,
     train_library_bpe,
 )
-from tests.conftest import run_program
+from tests.programs import run_program
 
 TEXT = ["The norm's mean and variance, 123 times: Ünïcödé — and  white   space.\n\n" * 50] * 3
 

@@ -15,7 +15,8 @@ from gpt.device import peak_memory, reset_peak_memory
 from gpt.errors import ConfigError, Diverged
 from gpt.norms.registry import NORMS
 from gpt.trainer import Row, read, train
-from tests.conftest import REPO, curve, read_rows, run_program
+from tests.conftest import curve, read_rows
+from tests.programs import REPO, run_program
 
 GOLDEN = REPO / "tests" / "golden"
 BUILDABLE = [name for name in NORMS if name != "cuda_layer"]

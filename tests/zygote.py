@@ -1,11 +1,13 @@
-"""Runs scripts, each in a process forked from this one, which has imported what takes seconds.
+"""Starts programs, each forked from this process, which has imported what takes seconds.
 
-A request is a line of JSON on stdin, the arguments of `become`. The answer is a line on stdout: the
-exit code as `subprocess` has it. Scripts end as they do elsewhere, at the end of an interpreter.
+A request is a line of JSON on stdin, its answer a line on stdout: the arguments of `become` start a
+program and give its process id; `[pid, flags]` wait for it and give its exit code as `subprocess`
+has it, or null. Programs end as they do elsewhere, at the end of an interpreter.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -21,21 +23,29 @@ import torch._dynamo  # noqa: F401  (which the first optimizer imports)
 
 
 def become(argv: list[str], cwd: str, env: dict[str, str], files: list[str], timeout: int) -> None:
-    """Make this process what `python *argv` is, with files for stdin, stdout and stderr."""
+    """Be what `python *argv` is, with files for stdin, stdout and stderr."""
     for target, path in enumerate(files):
         os.dup2(os.open(path, os.O_RDWR), target)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = argv
-    sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
-    signal.alarm(timeout)  # a script that hangs is killed
+    signal.alarm(timeout)  # a program that hangs is killed
+    module = argv[0] == "-m"
+    sys.argv = argv[1:] if module else argv
+    sys.path[0] = cwd if module else os.path.dirname(os.path.abspath(argv[0]))
+    run = runpy.run_module if module else runpy.run_path
+    run(sys.argv[0], run_name="__main__", **({"alter_sys": True} if module else {}))
+    sys.exit()
 
 
+def wait(pid: int, flags: int) -> int | None:
+    ended, status = os.waitpid(pid, flags)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+gc.collect()
+gc.freeze()  # else each program's last sweep of the heap copies all of it, which takes a second
 for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        become(**json.loads(line))
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    request = json.loads(line)
+    answer = wait(*request) if isinstance(request, list) else os.fork() or become(**request)
+    print(json.dumps(answer), flush=True)

@@ -1,0 +1,104 @@
+"""The program as a user runs it: in processes of its own, which can be killed."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+class Process:
+    """`python *argv` without the seconds that importing torch takes. As a `subprocess.Popen`."""
+
+    def __init__(self, argv: list[str], cwd: Path, timeout: int, **env: str) -> None:
+        self.argv, self.folder = argv, Path(tempfile.mkdtemp())
+        self.returncode: int | None = None
+        files = [self.folder / "out", self.folder / "err"]
+        for file in files:
+            file.touch()
+        self.pid = ask(
+            argv=argv,
+            cwd=str(cwd),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **env},
+            files=[os.devnull, *map(str, files)],
+            timeout=timeout,
+        )
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = ask(self.pid, os.WNOHANG)
+        return self.returncode
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """Until it ends; then what it printed."""
+        if self.returncode is None:
+            self.returncode = ask(self.pid, 0)
+        printed = [(self.folder / name).read_text() for name in ("out", "err")]
+        shutil.rmtree(self.folder)
+        assert self.returncode is not None
+        return subprocess.CompletedProcess(self.argv, self.returncode, *printed)
+
+
+def ask(*pid_and_flags: int, **program: Any) -> Any:
+    """See zygote.py, which this is a request to."""
+    process = zygote()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(program or pid_and_flags) + "\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+@cache
+def zygote() -> subprocess.Popen[str]:
+    """It ends with the process that started it."""
+    command = [sys.executable, str(REPO / "tests" / "zygote.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
+    atexit.register(process.communicate)
+    return process
+
+
+def start(*args: str, script: str = "train", cwd: Path = REPO, **env: str) -> Process:
+    return Process([str(REPO / "scripts" / f"{script}.py"), *args], cwd, timeout=120, **env)
+
+
+def run_program(
+    *args: str, script: str = "train", cwd: Path = REPO, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user does, and give back what it printed."""
+    return start(*args, script=script, cwd=cwd, **env).wait()
+
+
+def run_pytest(*args: str) -> subprocess.CompletedProcess[str]:
+    options = ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
+    options += ["-W", "ignore:Module already imported"]  # by the zygote: a plugin of hydra's
+    return Process([*options, *args], REPO, timeout=120).wait()
+
+
+def run_ranks(*args: str, count: int = 2) -> subprocess.CompletedProcess[str]:
+    """Train in `count` processes, as torchrun starts them; what all of them printed."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [start(*args, **world, RANK=str(i), LOCAL_RANK=str(i)) for i in range(count)]
+    ended = [rank.wait() for rank in ranks]
+    failed = next((e.returncode for e in ended if e.returncode), 0)
+    printed = ("".join(e.stdout for e in ended), "".join(e.stderr for e in ended))
+    return subprocess.CompletedProcess(ranks[0].argv, failed, *printed)
