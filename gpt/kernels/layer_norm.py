@@ -9,10 +9,9 @@ the weights may be float32, bfloat16 or float16, independently.
 from __future__ import annotations
 
 from ctypes import c_float, c_int, c_longlong, c_void_p
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +25,7 @@ HELD = 32  # floats of a row that a thread holds; past that it spills or stalls 
 HELD_BY_A_WARP = 56  # a warp that has a row for itself needs no barrier, which pays for more
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """One compilation of the source: its macros, see there."""
 
     C: int
@@ -46,12 +44,11 @@ class Plan:
     def options(self) -> tuple[str, ...]:
         return tuple(
             f"-D{name}={TYPES[value] if isinstance(value, torch.dtype) else int(value)}"
-            for name, value in vars(self).items()
+            for name, value in self._asdict().items()
         )
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What of a call decides about its kernel; `alignment` in bytes, of all its pointers."""
 
     C: int
@@ -135,9 +132,9 @@ def forward_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What forward writes to, empty: all that `torch.compile` needs to know of it."""
     rows = x.shape[:-1].numel()
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    stream = torch.empty(x.shape if branch is not None else (0,), dtype=x.dtype, device=x.device)
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    y = x.new_empty(x.shape, dtype=dtype)
+    stream = x.new_empty(0 if branch is None else x.shape)
+    mean = x.new_empty(rows, dtype=torch.float32)
     return y, stream, mean, torch.empty_like(mean)
 
 
@@ -161,13 +158,13 @@ def backward_cuda(
         return dx, dbranch, dweight.zero_(), dbias.zero_()
     second = dbranch if dbranch.numel() else None
     kind = kind_of(x, second, dy, weight, has_bias, (dstream, dx, second))
-    kind = replace(kind, BRANCH=dstream is not None)
+    kind = kind._replace(BRANCH=dstream is not None)
     plan = choose(kind, forward=False)
     # Enough blocks to keep every multiprocessor busy, few enough that their partial sums, 16 bytes
     # a feature and block, stay below a tenth of what the rows themselves cost.
     busy = multiprocessors(x.device.index)
     blocks = min(n_rows, max(busy, min(8 * busy, n_rows // 32)))
-    partial = torch.empty(blocks, 2, C, dtype=torch.float32, device=x.device)
+    partial = x.new_empty(blocks, 2, C, dtype=torch.float32)
     launch(
         plan,
         "layer_norm_backward",
@@ -192,10 +189,10 @@ def backward_outputs(
     x: Tensor, weight: Tensor, has_bias: bool, branch_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What backward writes to, empty."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     another = branch_dtype not in (None, x.dtype)
-    dbranch = torch.empty(x.shape if another else (0,), dtype=branch_dtype, device=x.device)
-    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+    dbranch = x.new_empty(x.shape if another else 0, dtype=branch_dtype)
+    dweight = weight.new_empty(weight.shape)
     dbias = torch.empty_like(dweight) if has_bias else dweight.new_empty(0)
     return dx, dbranch, dweight, dbias
 
