@@ -82,6 +82,12 @@ class Cell:
         good = [r for r in self.runs if "diverged_at" not in r and r["val_loss"] is not None]
         return {r["seed"]: r["val_loss"] for r in good}
 
+    @property
+    def diverged(self) -> str:
+        """How many of its runs came to no end; empty where all did."""
+        lost = len(self.runs) - len(self.losses)
+        return f"{lost} of {len(self.runs)} diverged" if lost else ""
+
 
 def make_cells(summaries: list[Summary]) -> list[Cell]:
     """Of runs that are equal in all, the seed too, one is taken, whatever its loss."""

@@ -80,20 +80,24 @@ def draw_curves(cells: list[Cell]) -> Figure:
 
 
 def draw_lr(cells: list[Cell]) -> Figure | None:
-    """Final validation loss by peak learning rate, with 95% intervals over seeds."""
-    cells = [cell for cell in cells if cell.losses and cell.lr > 0]
-    if len({cell.lr for cell in cells}) < 2:
+    """Final validation loss by peak learning rate, with 95% intervals over seeds; a cross at the
+    top where a run diverged."""
+    cells = sorted((cell for cell in cells if cell.lr > 0), key=lambda c: c.lr)
+    points = [interval(cell.losses.values())[0] for cell in cells if cell.losses]
+    if len({cell.lr for cell in cells}) < 2 or not points:
         return None
     figure, panels, styles = panels_by_context(cells)
     for setting in dict.fromkeys(cell.setting for cell in cells):
-        mine = sorted((c for c in cells if c.setting == setting), key=lambda c: c.lr)
-        means, halves = zip(*(interval(c.losses.values()) for c in mine), strict=True)
-        style = styles[mine[0].norm]
-        panels[mine[0].context].errorbar(
-            [c.lr for c in mine], means, [math.nan if h is None else h for h in halves],
-            label=mine[0].norm, capsize=3, **style,
-        )  # fmt: skip
-    points = [interval(cell.losses.values())[0] for cell in cells]
+        mine = [cell for cell in cells if cell.setting == setting]
+        axis, style = panels[mine[0].context], styles[mine[0].norm]
+        ended = [(c.lr, *interval(c.losses.values())) for c in mine if c.losses]
+        lrs, means, halves = zip(*ended, strict=True) if ended else ((), (), ())
+        errors = [math.nan if h is None else h for h in halves]
+        axis.errorbar(lrs, means, errors, label=mine[0].norm, capsize=3, **style)
+        lost = [c.lr for c in mine if c.diverged]
+        height = 0.96 - 0.06 * list(styles).index(mine[0].norm)
+        top = axis.get_xaxis_transform()
+        axis.plot(lost, [height] * len(lost), "x", color=style["color"], transform=top)
     margin = 0.1 * (max(points) - min(points)) + 0.01
     for axis in panels.values():
         axis.set_ylim(min(points) - margin, max(points) + margin)  # two seeds' bars may go beyond

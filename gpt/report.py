@@ -63,19 +63,37 @@ def figure_curves(cells: list[Cell]) -> go.Figure:
 
 
 def figure_lr(cells: list[Cell]) -> go.Figure | None:
-    """Validation loss by learning rate, where there are several: how much each norm minds it."""
-    lines: dict[str, list[tuple[float, float, float | None]]] = {}
-    for cell in cells:
-        if cell.losses and not cell.leaky and math.isfinite(cell.lr):
-            point = (cell.lr, *interval(cell.losses.values()))
-            lines.setdefault(cell.setting, []).append(point)
-    if not any(len(points) > 1 for points in lines.values()):
+    """Validation loss by learning rate, where there are several: how much each norm minds it.
+
+    A cross at the top where a run diverged: the mean beside it is that of the others.
+    """
+    shown = sorted((c for c in cells if not c.leaky and math.isfinite(c.lr)), key=lambda c: c.lr)
+    means = [interval(c.losses.values())[0] for c in shown if c.losses]
+    settings = list(dict.fromkeys(c.setting for c in shown))
+    if len(settings) == len(shown) or not means:
         return None
+    low, high = min(means), max(means)
+    step = 0.05 * (high - low) + 0.01
     figure = go.Figure()
-    for name, points in lines.items():
-        xs, ys, errors = zip(*sorted(points, key=lambda p: p[0]), strict=True)
-        figure.add_scatter(x=xs, y=ys, error_y={"array": errors}, name=name)
+    for i, setting in enumerate(settings):
+        mine = [c for c in shown if c.setting == setting]
+        points = [(c.lr, *interval(c.losses.values())) for c in mine if c.losses]
+        xs, ys, errors = zip(*points, strict=True) if points else ((), (), ())
+        style = {"name": setting, "legendgroup": setting}
+        color = f"hsl({360 * i / len(settings):.0f} 65% 45%)"
+        figure.add_scatter(x=xs, y=ys, error_y={"array": errors}, line={"color": color}, **style)
+        lost = [c for c in mine if c.diverged]
+        figure.add_scatter(
+            x=[c.lr for c in lost],
+            y=[high + 2 * step] * len(lost),
+            text=[c.diverged for c in lost],
+            mode="markers",
+            marker={"symbol": "x", "size": 9, "color": color},
+            showlegend=False,
+            **style,
+        )
     figure.update_xaxes(type="log")
+    figure.update_yaxes(range=[low - step, high + 3 * step])  # two seeds' bars may go beyond
     title = "Final validation loss by peak learning rate"
     figure.update_layout(title=title, xaxis_title="optim.lr", yaxis_title="nats a token")
     return figure

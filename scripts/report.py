@@ -16,6 +16,8 @@ from gpt.results import load_summaries, print_table, unfinished
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        return print(__doc__)
     chosen = [arg for arg in sys.argv[1:] if arg.startswith("baseline=")]
     folders = [Path(arg) for arg in sys.argv[1:] if arg not in chosen]
     if not folders or any(arg.startswith("-") for arg in sys.argv[1:]):

@@ -175,6 +175,28 @@ def test_each_norm_is_compared_at_its_own_best_learning_rate(tmp_path: Path) -> 
     assert rows["rms-pre-bs4 optim.lr=0.3"]["best learning rate"] == "yes"
 
 
+def test_a_rate_at_which_runs_diverged_is_marked_as_such(tmp_path: Path) -> None:
+    """Else a mean of the survivors would look as good as any, and a rate without any be absent."""
+    for lr, diverged in ((0.1, ()), (0.3, (2,)), (1.0, (1, 2))):
+        for seed in (1, 2):
+            folder = tmp_path / str(lr)
+            lost = {"diverged_at": 5} if seed in diverged else {}
+            summary(folder, "layer", seed, 3.0 + seed / 10, **lost)
+            config = folder / f"layer-pre-bs4-s{seed}" / "config.yaml"
+            config.write_text(config.read_text() + f"\noptim: {{lr: {lr}}}")
+    cells = make_cells(load_summaries(tmp_path))
+    figure = report.figure_lr(cells)
+    assert figure is not None
+    line, crosses = figure.data
+    assert (line.x, crosses.x) == ((0.1, 0.3), (0.3, 1.0))
+    assert crosses.text == ("1 of 2 diverged", "2 of 2 diverged")
+    drawn = pictures.draw_lr(cells)
+    assert drawn is not None
+    marks = [mark for mark in drawn.axes[0].lines if mark.get_marker() == "x"]
+    assert [list(mark.get_xdata()) for mark in marks] == [[0.3, 1.0]]
+    assert pictures.draw_lr([cell for cell in cells if not cell.losses]) is None
+
+
 def test_runs_that_are_not_finished_are_counted(folder: Path) -> None:
     run = folder / "rms-pre-bs4-s9"
     run.mkdir()
