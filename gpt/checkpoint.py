@@ -37,7 +37,6 @@ class TrainState:
     """
 
     step: int
-    train_seconds: float
     model: nn.Module
     optimizer: torch.optim.Optimizer
     setting: dict[str, str]
@@ -58,11 +57,7 @@ def save(run_dir: Path, state: TrainState, keep: int) -> None:
             save_file({k: v.contiguous() for k, v in group.items()}, path)
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error), str(path)) from error
-    progress = {
-        "step": state.step,
-        "train_seconds": state.train_seconds,
-        "setting": state.setting,
-    }
+    progress = {"step": state.step, "setting": state.setting}
     (temporary / "state.json").write_text(json.dumps(progress) + "\n")
     manifest = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -97,7 +92,7 @@ def restore(run_dir: Path, state: TrainState) -> bool:
                 f"{folder}: its {key} was {there}, here it is {here}; bring that back or use "
                 "another run_dir"
             )
-    state.step, state.train_seconds = progress["step"], progress["train_seconds"]
+    state.step = progress["step"]
     state.model.load_state_dict(load_file(folder / "model.safetensors"))
     load_optimizer(state.model, state.optimizer, load_file(folder / "optimizer.safetensors"))
     return True

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
         "precision": precision(device, cfg.dtype),
         "configuration": cfg.hash(),
     }
-    state = TrainState(0, 0.0, model, make_optimizer(model, cfg.optim), setting)
+    state = TrainState(0, model, make_optimizer(model, cfg.optim), setting)
     return Run(cfg, run_dir, device, data, model, sight, screen), state
 
 
@@ -224,7 +225,6 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             rows = read(unread)
             unread.clear()
             seconds = time.perf_counter() - started
-            state.train_seconds += seconds
             speed = len(rows) * t.batch_size * t.grad_accum * block_size / seconds
             for values in rows:
                 log.metrics(**values, **leaky, tokens_per_s=round(speed, 1))
@@ -387,7 +387,8 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
         "steps": state.step,
         "params": sum(p.numel() for p in run.model.parameters()),
         "tokens": tokens,
-        "tokens_per_s": tokens / max(state.train_seconds, 1e-9),
+        # The first steps may compile, those with statistics take longer.
+        "tokens_per_s": median([r["tokens_per_s"] for r in rows if "tokens_per_s" in r] or [0.0]),
         "corpus": cfg.data.name,
         "corpus_sha256": run.data.train.header.corpus_sha256,
         "tokenizer": run.data.tokenizer.name,

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -88,6 +89,7 @@ def test_the_summary_holds_what_a_comparison_needs(
     assert summary["train_loss"] == pytest.approx(sum(losses) / 6)
     assert summary["val_loss"] == [r["val_loss"] for r in rows if "val_loss" in r][-1]
     assert summary["tokens"] == 6 * 4 * 32
+    assert summary["tokens_per_s"] == median(r["tokens_per_s"] for r in rows if "loss" in r)
 
 
 def test_bits_per_byte_of_bytes_are_nats_over_ln2(config: Callable[..., Config]) -> None:
