@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 
@@ -107,16 +108,33 @@ def explain_hydra(error: Exception) -> str:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     key = getattr(cause, "full_key", None)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return f"{key}: no such key{nearest(str(key), known_keys())}"
+        return f"{key}: no such key{similar_key(str(key))}"
     if key:
         return f"{key}: {str(cause).splitlines()[0]}"
     return " ".join(str(error).split())
 
 
+def similar_key(key: str) -> str:
+    """`; did you mean 'train.steps'?`, for `train.stpes` and for `steps`."""
+    options = [o for o in known_keys() if o != key and not o.startswith("hydra")]
+    parent, _, name = key.rpartition(".")
+    beside = [option for option in options if option.rpartition(".")[0] == parent]
+    namesakes = [option for option in options if option.rpartition(".")[2] == name]
+    for candidates in (namesakes, beside, options):
+        by_name = {o.rpartition(".")[2]: o for o in reversed(candidates)}
+        for found in get_close_matches(name, by_name, n=1):
+            return f"; did you mean {by_name[found]!r}?"
+    return nearest(key, beside)
+
+
 def known_keys() -> Iterator[str]:
-    """Every group and every dotted key of the yaml files."""
-    yield from (path.name for path in CONFIGS.iterdir() if path.is_dir())
-    for path in sorted(CONFIGS.glob("**/*.yaml")):
+    """Every dotted key, and every group, of the yaml files of the script that runs."""
+    if Path(sys.argv[0]).stem == "sample":
+        files = [CONFIGS / "sample.yaml"]
+    else:
+        yield from (path.name for path in CONFIGS.iterdir() if path.is_dir())
+        files = [CONFIGS / "train.yaml", *sorted(CONFIGS.glob("[!s]*/*.yaml"))]  # no sweeps'
+    for path in files:
         group = path.parent.relative_to(CONFIGS).as_posix()
         prefix = "" if group == "." else f"{group}."
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)

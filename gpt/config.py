@@ -173,8 +173,8 @@ class DataConfig:
         for f in fields(self):
             if f.name not in ("name", *used) and getattr(self, f.name) != f.default:
                 raise ConfigError(
-                    f"data.{f.name}={getattr(self, f.name)}: data={self.name} does not use it; "
-                    "add data=text or data=hf"
+                    f"data.{f.name}={getattr(self, f.name)}: data={self.name} does not use it; add "
+                    + ("data=text or data=hf" if f.name == "path" else "data=hf")
                 )
         if self.name in ("text", "hf") and not self.path:
             raise ConfigError(f"data.path: not given; data={self.name} needs data.path=PATH")

@@ -155,6 +155,10 @@ def hf(cfg: DataConfig) -> Corpus:
 
 
 def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Document]:
+    if files and cfg.subset:
+        raise ConfigError(f"data.subset={cfg.subset}: files have none; leave it out")
+    if files and not any(file.stat().st_size for file in files):
+        raise DataError(f"data.path={path}: it is empty")
     if not files and not hub_reachable():
         from huggingface_hub import constants
 

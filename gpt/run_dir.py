@@ -48,7 +48,8 @@ def refuse_another_configuration(run_dir: Path, cfg: Config) -> None:
     if not path.exists():
         return
     there, here = flatten(load_config(path).identity(), "."), flatten(cfg.identity(), ".")
-    for key in sorted(there.keys() | here.keys()):
+    # `norm.name` before what follows from it
+    for key in sorted(there.keys() | here.keys(), key=lambda k: (not k.endswith(".name"), k)):
         if there.get(key) != here.get(key):
             raise ConfigError(
                 f"{path}: {key}={there.get(key)} there, {here.get(key)} now; a run keeps its "

@@ -5,6 +5,8 @@ Training does so by itself; this is for large corpora, once, before many runs sh
 
 from __future__ import annotations
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
@@ -27,4 +29,5 @@ def main(raw: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = [cli.literal(arg, "data.path") for arg in sys.argv[1:]]
     cli.run(main)

@@ -44,6 +44,12 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("norm.name=layr", "did you mean 'layer'?"),
         ("norm.eps=tiny", "norm.eps=tiny: expected float"),
         ("model.n_lyer=3", "model.n_lyer: no such key; did you mean 'model.n_layer'?"),
+        ("steps=3", "steps: no such key; did you mean 'train.steps'?"),
+        ("train.lr=1", "train.lr: no such key; did you mean 'optim.lr'?"),
+        ("norm.block_size=64", "norm.block_size: no such key; did you mean 'model.block_size'?"),
+        ("block_size=3", "did you mean 'model.block_size'?"),
+        ("placement.mlp.q=true", "did you mean 'placement.attn.q'?"),
+        ("data.streaming=true", "data=pydoc does not use it; add data=hf"),
         ("nrom=layer", "nrom: no such key; did you mean 'norm'?"),
         ("+train.stpes=3", "did you mean 'train.steps'?"),
         ("model.n_layer=abc", "model.n_layer: Value 'abc' of type 'str' could not be converted to "

@@ -103,6 +103,7 @@ def test_the_program_streams_a_sample(run_dir: Path) -> None:
         ([], 78, "run_dir: not given; add run_dir=VALUE"),
         (["run_dir=x", "temperature=-1"], 78, "temperature=-1.0: expected a number >= 0"),
         (["run_dir=x", "promt=a"], 78, "did you mean 'prompt'"),
+        (["run_dir=x", "n_layer=5"], 78, "n_layer: no such key\n"),
         (["run_dir=x", "device=cuda"], 66, "device=cuda: not on this machine"),
     ],
 )
