@@ -108,15 +108,17 @@ def explain_hydra(error: Exception) -> str:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     key = getattr(cause, "full_key", None)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return f"{key}: no such key{similar_key(str(key))}"
+        composed = cause.parent_node._get_root()
+        return f"{key}: no such key{similar_key(str(key), composed)}"
     if key:
         return f"{key}: {str(cause).splitlines()[0]}"
     return " ".join(str(error).split())
 
 
-def similar_key(key: str) -> str:
+def similar_key(key: str, config: DictConfig) -> str:
     """`; did you mean 'train.steps'?`, for `train.stpes` and for `steps`."""
-    options = [o for o in known_keys() if o != key and not o.startswith("hydra")]
+    keys = dotted(OmegaConf.to_container(config, resolve=False), "")
+    options = [option for option in keys if not option.startswith("hydra")]
     parent, _, name = key.rpartition(".")
     beside = [option for option in options if option.rpartition(".")[0] == parent]
     namesakes = [option for option in options if option.rpartition(".")[2] == name]
@@ -125,20 +127,6 @@ def similar_key(key: str) -> str:
         for found in get_close_matches(name, by_name, n=1):
             return f"; did you mean {by_name[found]!r}?"
     return nearest(key, beside)
-
-
-def known_keys() -> Iterator[str]:
-    """Every dotted key, and every group, of the yaml files of the script that runs."""
-    if Path(sys.argv[0]).stem == "sample":
-        files = [CONFIGS / "sample.yaml"]
-    else:
-        yield from (path.name for path in CONFIGS.iterdir() if path.is_dir())
-        files = [CONFIGS / "train.yaml", *sorted(CONFIGS.glob("[!s]*/*.yaml"))]  # no sweeps'
-    for path in files:
-        group = path.parent.relative_to(CONFIGS).as_posix()
-        prefix = "" if group == "." else f"{group}."
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        yield from dotted(content, prefix)
 
 
 def dotted(content: object, prefix: str) -> Iterator[str]:

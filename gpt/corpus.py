@@ -149,14 +149,14 @@ def hf(cfg: DataConfig) -> Corpus:
     """
     path = str(cfg.path)
     files = local_files(path)
+    if files and cfg.subset:
+        raise ConfigError(f"data.subset={cfg.subset}: files have none; leave it out")
     options = (str(cfg.subset), cfg.column, str(cfg.max_documents))
     key = digest(path, *options, file_key(files) if files else "hub")
     return Corpus(slug(path), key, lambda: read_dataset(cfg, path, files))
 
 
 def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Document]:
-    if files and cfg.subset:
-        raise ConfigError(f"data.subset={cfg.subset}: files have none; leave it out")
     if files and not any(file.stat().st_size for file in files):
         raise DataError(f"data.path={path}: it is empty")
     if not files and not hub_reachable():
@@ -171,6 +171,7 @@ def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Docu
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below
     source: dict[str, Any] = {"path": path, "name": cfg.subset}
     if files:
         kind = KINDS[files[0].suffix.lower()]

@@ -284,14 +284,42 @@ def test_a_prepared_folder_that_lost_a_file_is_made_again(tmp_path: Path) -> Non
     assert len(prepare(text_config(path)).train.ids) == 1800
 
 
-def test_hf_rows_without_text_are_passed_over_and_broken_files_named(tmp_path: Path) -> None:
+def test_hf_rows_without_text_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "docs.jsonl"
     path.write_text('{"text": null}\n' + '{"text": "' + "words " * 50 + '"}\n' * 1)
     path.write_text(path.read_text() * 20)
     assert prepare(make_config("data=hf", f"data.path={path}")).train.header.n_bytes > 0
-    path.write_text('{"text": "fine"}\n{"text": ')
-    with pytest.raises(DataError, match=r"data\.path="):
-        prepare(make_config("data=hf", f"data.path={path}"))
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [("", "it is empty"), ('{"text": "fine"}\n{"text": ', "JSON parse error")],
+)
+def test_a_damaged_file_is_one_line_and_65(tmp_path: Path, content: str, error: str) -> None:
+    """`datasets` has lines of its own for it, which are not shown."""
+    path = tmp_path / "docs.jsonl"
+    path.write_text(content)
+    args = overrides("data=hf", f"data.path={path}", f"run_dir={tmp_path}/run")
+    result = run_program(*args, GPT_DATA=str(tmp_path / "data"))
+    assert result.returncode == 65
+    assert result.stderr.count("\n") == 1
+    assert f"data.path={path}: {error}" in result.stderr
+
+
+def test_files_have_no_subset(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "docs.jsonl")
+    with pytest.raises(ConfigError, match=r"data\.subset=en: files have none; leave it out"):
+        open_corpus(DataConfig("hf", str(path), subset="en"))
+
+
+def test_a_corpus_is_prepared_without_training_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "it's a text (1).txt"
+    path.write_text("some text\n" * 200)
+    env = {"GPT_DATA": str(tmp_path / "data")}
+    args = ["data=text", f"data.path={path}", "tokenizer=bytes"]
+    result = run_program(*args, script="prepare", **env)
+    assert result.returncode == 0, result.stderr
+    assert "train.bin: 1,800 bytes as 1,800 bytes tokens" in result.stdout
 
 
 def test_tokens_that_are_prepared_need_no_network(

@@ -153,10 +153,14 @@ def test_a_finished_run_says_so_and_exits_0(corpus: Path, uninterrupted: Path) -
 
 
 def test_another_configuration_is_refused_and_named(corpus: Path, uninterrupted: Path) -> None:
-    result = run_program(*command(corpus, uninterrupted, "optim.lr=0.01"))
-    assert result.returncode == 78
-    assert "optim.lr=0.003 there, 0.01 now" in result.stderr
-    assert result.stderr.count("\n") == 1
+    for override, named in (
+        ("optim.lr=0.01", "optim.lr=0.003 there, 0.01 now"),
+        ("norm=rms", "norm.name=batch there, rms now"),
+    ):
+        result = run_program(*command(corpus, uninterrupted, override))
+        assert result.returncode == 78
+        assert named in result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 def test_a_second_writer_exits_75_and_names_the_first(corpus: Path, tmp_path: Path) -> None:

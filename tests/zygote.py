@@ -30,11 +30,12 @@ def become(argv: list[str], cwd: str, env: dict[str, str], files: list[str], tim
     os.environ.clear()
     os.environ.update(env)
     signal.alarm(timeout)  # a program that hangs is killed
-    module = argv[0] == "-m"
-    sys.argv = argv[1:] if module else argv
-    sys.path[0] = cwd if module else os.path.dirname(os.path.abspath(argv[0]))
-    run = runpy.run_module if module else runpy.run_path
-    run(sys.argv[0], run_name="__main__", **({"alter_sys": True} if module else {}))
+    if argv[0] == "-m":
+        sys.argv, sys.path[0] = argv[1:], cwd
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = argv, os.path.dirname(os.path.abspath(argv[0]))
+        runpy.run_path(argv[0], run_name="__main__")
     sys.exit()
 
 
