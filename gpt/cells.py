@@ -114,7 +114,7 @@ def tuned(cells: list[Cell]) -> list[Cell]:
     """Of the cells that differ in `optim.lr` alone the best, so that none loses for another's rate.
 
     The best has the fewest diverged runs, then the lowest mean validation loss, over those seeds
-    that all of them have, if there are any.
+    that all of them were run with, if there are any.
     """
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:

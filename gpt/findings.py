@@ -67,10 +67,12 @@ def table(cells: list[Cell], versus: Baseline) -> list[dict[str, str]]:
 
 
 def activations(cells: list[Cell]) -> list[dict[str, str]]:
-    """What the statistics were at a cell's end, one row a cell: means over its seeds."""
+    """What the statistics were at a cell's end, one row a cell: means over its runs that
+    did not diverge, or where all did over them."""
     rows = []
     for cell in cells:
-        stats = [read_jsonl(Path(run["run_dir"]) / "stats.jsonl") for run in cell.runs]
+        ended = [run for run in cell.runs if run["seed"] in cell.losses] or cell.runs
+        stats = [read_jsonl(Path(run["run_dir"]) / "stats.jsonl") for run in ended]
         ends: list[dict[str, list[float]]] = []
         for lines in filter(None, stats):
             ends.append({})
@@ -97,7 +99,7 @@ def compared(cell: Cell, other: Cell) -> str:
     """A sentence: whether one is better than the other, or that may be chance."""
     paired = difference(cell, other)
     if paired is None:
-        return f"{cell.label} and {other.label} have no seed in common."
+        return f"{cell.label} and {other.label} have no seed in common at which neither diverged."
     mean, half, pairs = paired
     line = f"{cell.label} against {other.label}: {show(mean, half, sign='+')} nats"
     if half is None:
@@ -108,8 +110,10 @@ def compared(cell: Cell, other: Cell) -> str:
         line += f" over {pairs} seeds: {'worse' if mean > 0 else 'better'} beyond chance."
     else:
         line += f" over {pairs} seeds: no difference that these seeds can tell."
-    if cell.rates != other.rates:
+    if len(cell.rates) != len(other.rates):
         line += f" It had {len(cell.rates)} learning rates to choose from, not {len(other.rates)}."
+    elif cell.rates != other.rates:
+        line += " They had different learning rates to choose from."
     return line
 
 

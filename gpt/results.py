@@ -20,7 +20,8 @@ UNSEEN = {"wandb.mode", "wandb.project", "device", "train.stats_every", "train.c
 
 
 def load_summaries(*folders: Path) -> list[dict[str, Any]]:
-    """The summaries of all runs below `folders`, best validation loss first.
+    """The summaries of all runs below `folders`, best validation loss first, in bits a byte, by
+    which tokenizers compare.
 
     Last come runs that diverged, and before them those whose evaluation sees the future: their
     validation loss is not a result.
@@ -29,7 +30,7 @@ def load_summaries(*folders: Path) -> list[dict[str, Any]]:
     summaries = [read_json(path) | {"run_dir": str(path.parent)} for path in sorted(paths.values())]
 
     def rank(s: dict[str, Any]) -> tuple[bool, bool, float]:
-        return "diverged_at" in s, bool(s.get("sees_in_evaluation")), s.get("val_loss") or math.inf
+        return "diverged_at" in s, bool(s.get("sees_in_evaluation")), s.get("val_bpb") or math.inf
 
     return sorted(summaries, key=rank)
 

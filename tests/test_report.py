@@ -247,6 +247,15 @@ def test_activations_are_of_the_last_step_and_of_all_seeds(tmp_path: Path) -> No
     assert row["largest attention logit"] == ""
 
 
+def test_activations_of_diverged_runs_are_left_out(tmp_path: Path) -> None:
+    summary(tmp_path, "layer", 1, 3.0)
+    summary(tmp_path, "layer", 2, None, diverged_at=5)
+    lost = {"step": 1, "residual": {"embd": {"after": {"rms": 1e9}}}}
+    (tmp_path / "layer-pre-bs4-s2" / "stats.jsonl").write_text(json.dumps(lost) + "\n")
+    (row,) = findings.activations(make_cells(load_summaries(tmp_path)))
+    assert row["stream rms at the embedding"] == "1"
+
+
 def test_a_run_counts_once_however_it_is_found(folder: Path) -> None:
     twice = load_summaries(folder, folder / "layer-pre-bs4-s0")
     assert len(twice) == len(load_summaries(folder))

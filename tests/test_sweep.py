@@ -72,6 +72,7 @@ def test_leaky_validation_and_diverged_runs_are_listed_last_and_as_such(
     }  # fmt: skip
     for name, extra in {
         "good": {"val_loss": 3.0},
+        "longer tokens": {"val_loss": 2.9, "val_bpb": 2.1},
         "worse": {"val_loss": None, "val_bpb": None, "train_loss": None, "diverged_at": 1},
         "bad": {"val_loss": 1.0, "diverged_at": 7},
         "cheat": {"val_loss": 0.1, "sees_in_evaluation": ["later tokens"]},
@@ -80,7 +81,7 @@ def test_leaky_validation_and_diverged_runs_are_listed_last_and_as_such(
         row = base | {"norm": name} | extra
         (tmp_path / name / "summary.json").write_text(json.dumps(row))
     summaries = load_summaries(tmp_path)
-    assert [s["norm"] for s in summaries] == ["good", "cheat", "bad", "worse"]
+    assert [s["norm"] for s in summaries] == ["good", "longer tokens", "cheat", "bad", "worse"]
     print_table(summaries)
     shown = capsys.readouterr().out
     assert "diverged" in shown
