@@ -219,8 +219,11 @@ class ValBatches:
         count = max(1, min(available, self.max_tokens // self.block_size))
         return np.linspace(0, available - 1, count).astype(np.int64) * self.block_size
 
-    def on(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def on(self, device: torch.device, equal: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets, each (B, T); `equal`: without a last batch of fewer windows."""
         starts = self.starts()
+        if equal and len(starts) > self.batch_size:
+            starts = starts[: len(starts) // self.batch_size * self.batch_size]
         for i in range(0, len(starts), self.batch_size):
             yield to_device(
                 rows(self.ids, starts[i : i + self.batch_size], self.block_size), device

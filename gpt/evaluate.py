@@ -20,14 +20,15 @@ def evaluate(
     """Validation loss in nats a token and in bits a byte of text, on always the same windows.
 
     A BatchNorm model is judged with its running statistics; the loss with the batch's own, which
-    generation does not have, stands beside it.
+    generation does not have, stands beside it, over batches of one size: a last one of a window
+    or two has other statistics.
     """
 
-    def losses() -> tuple[float, float]:
+    def losses(equal: bool = False) -> tuple[float, float]:
         nats = torch.zeros((), device=device)
         text_bytes = torch.zeros((), dtype=torch.int64, device=device)
         tokens = 0
-        for x, y in batches.on(device):
+        for x, y in batches.on(device, equal):
             with autocast(device, dtype):
                 _, loss = model(x, y)
             nats += loss.float() * y.numel()
@@ -40,6 +41,6 @@ def evaluate(
     result = {"val_loss": loss, "val_bpb": bpb}
     if with_batch_stats(model):
         with batch_statistics(model):
-            result["val_loss_batch_stats"], _ = losses()
+            result["val_loss_batch_stats"], _ = losses(equal=True)
     model.train()
     return result

@@ -216,6 +216,8 @@ def test_validation_windows_do_not_depend_on_the_batch_size(batch_size: int) -> 
     assert targets.shape == (20, 10)
     assert len(set(targets.flatten().tolist())) == 200  # no token is asked for twice
     assert targets.max() == 1000  # spread to the end
+    equal = [len(y) for _, y in val.on(torch.device("cpu"), equal=True)]
+    assert equal == {1: [1] * 20, 3: [3] * 6, 64: [20]}[batch_size]
 
 
 def jsonl(path: Path, n: int = 40) -> Path:
