@@ -1,10 +1,11 @@
 """What norms see and do: statistics of a step, by site and by depth.
 
     sites      every norm, `h.0.attn.in`: moments before and after, gradient, γ, β and their drift
+               (root mean square) from the values that the norm is built with
     residual   the stream by depth, `embd`, `h.0`: moments, gradient, angle to the depth before
     branches   what a sublayer adds to it, `h.0.attn`: moments, ratio to the block's input
     attention  `h.0.attn`: the largest logit, the mean entropy
-    layers     `h.0`, `wte`: norms of gradient, parameters and update
+    layers     `h.0`, `wte`: norms of gradient, parameters before the update, and update
     output     `logits`: mean log Z
 
 Hooks are there only inside `collect`, so that all other steps cost nothing; inside, everything
@@ -239,7 +240,7 @@ def collect(
 
 @contextmanager
 def watch_update(model: nn.Module, record: Record) -> Iterator[None]:
-    """Inside, an optimizer step: each layer's norms of gradient, parameters and update."""
+    """Inside, an optimizer step: each layer's norms of gradient, parameters, and then update."""
     layers: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         layer = ".".join(name.split(".")[:2]) if name.startswith("h.") else name.split(".")[0]
@@ -248,11 +249,10 @@ def watch_update(model: nn.Module, record: Record) -> Iterator[None]:
     for name, parameters in layers.items():
         gradients = [p.grad for p in parameters if p.grad is not None]
         record["layers", name, "grad_norm"] = nn.utils.get_total_norm(gradients)
+        record["layers", name, "param_norm"] = nn.utils.get_total_norm(before[name])
     yield
     for name, parameters in layers.items():
-        now = [p.detach() for p in parameters]
-        record["layers", name, "param_norm"] = nn.utils.get_total_norm(now)
-        moved = torch._foreach_sub(now, before[name])
+        moved = torch._foreach_sub([p.detach() for p in parameters], before[name])
         record["layers", name, "update_norm"] = nn.utils.get_total_norm(moved)
 
 
