@@ -109,7 +109,10 @@ def explain_hydra(error: Exception) -> str:
     key = getattr(cause, "full_key", None)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         composed = cause.parent_node._get_root()
-        return f"{key}: no such key{similar_key(str(key), composed)}"
+        group = str(key).partition(".")[0]
+        owner = OmegaConf.select(composed, f"{group}.name", throw_on_missing=False)
+        subject = f"{group}={owner} has " if owner else ""  # in a sweep one of several
+        return f"{key}: {subject}no such key{similar_key(str(key), composed)}"
     if key:
         return f"{key}: {str(cause).splitlines()[0]}"
     return " ".join(str(error).split())

@@ -10,7 +10,7 @@ from gpt import norms  # noqa: F401  (registers them)
 from gpt.config import Config, PlacementConfig
 from gpt.errors import ConfigError
 from gpt.model import GPT, BlockPlan
-from gpt.norms.registry import build_norm, norms_of, sizes
+from gpt.norms.registry import build_norm, name_of, norms_of, sizes
 
 
 def slot(placement: PlacementConfig, site: str, n_layer: int) -> bool | str:
@@ -61,7 +61,7 @@ def refuse_single_values(model: GPT, cfg: Config) -> None:
         if over and math.prod(sizes[axis] for axis in over) == 1:
             keys = {"B": "train.batch_size=1", "T": "model.block_size=1"}
             raise ConfigError(
-                f"norm={cfg.norm['name']}: {' and '.join(keys[axis] for axis in over)} give"
+                f"norm={name_of(norm)}: {' and '.join(keys[axis] for axis in over)} give"
                 f"{'s' * (len(over) == 1)} one value a feature, whose variance is 0; raise "
                 f"{'either' if len(over) > 1 else 'it'}"
             )

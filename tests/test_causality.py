@@ -133,7 +133,7 @@ def test_a_norm_of_one_s_own_runs_from_the_command_line_and_its_leak_is_found(
 
     sample = run_program("run_dir=run", "max_new_tokens=3", script="sample", cwd=tmp_path)
     assert sample.returncode == 78  # a run directory's configuration runs no code
-    assert "norm=mine: my_norms.py registers it; add norm_module=my_norms.py" in sample.stderr
+    assert "norm_module=my_norms.py (train.py: norm.module=my_norms.py)" in sample.stderr
     sample = run_program("run_dir=run", "max_new_tokens=3", "norm_module=my_norms.py",
                          script="sample", cwd=tmp_path)  # fmt: skip
     assert sample.returncode == 0, sample.stderr
@@ -142,7 +142,7 @@ def test_a_norm_of_one_s_own_runs_from_the_command_line_and_its_leak_is_found(
     assert run_program(*args, *slot, cwd=tmp_path).returncode == 0
     missing = run_program(*args, "norm.module=her_norms.py", cwd=tmp_path)
     assert missing.returncode == 66
-    assert missing.stderr == "error: norm.module=her_norms.py: no such file\n"
+    assert missing.stderr == "error: norm module her_norms.py: no such file\n"
 
 
 @pytest.mark.parametrize(

@@ -87,17 +87,17 @@ def load_module(path: str) -> None:
     file = Path(path).resolve()
     name = USER + file.stem
     if not file.is_file():
-        raise MissingInput(f"norm.module={path}: no such file")
+        raise MissingInput(f"norm module {path}: no such file")
     if getattr(sys.modules.get(name), "__file__", None) == str(file):
         return
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"norm.module={path}: expected a Python file, *.py")
+        raise ConfigError(f"norm module {path}: expected a Python file, *.py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"norm.module={path}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"norm module {path}: {type(error).__name__}: {error}") from error
     sys.modules[name] = module
 
 
@@ -116,7 +116,10 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
     """
     if module is not None and name not in NORMS:
         if USER + Path(module).stem not in sys.modules:
-            raise ConfigError(f"norm={name}: {module} registers it; add norm_module={module}")
+            raise ConfigError(
+                f"norm={name}: {module} registers it, which only runs where the command says so: "
+                f"norm_module={module} (train.py: norm.module={module})"
+            )
         own = [n for n, cls in NORMS.items() if cls.__module__ == USER + Path(module).stem]
         raise ConfigError(f"norm={name}: {module} registers {', '.join(own) or 'no norm'}")
     cls = norm_class(name)
@@ -167,6 +170,11 @@ def accepts(annotation: Any, value: Any) -> bool:
         return type(value) in (int, float) and math.isfinite(value)
     alternatives = get_args(annotation)  # of `int | None`
     return any(accepts(a, value) for a in alternatives) or type(value) is annotation
+
+
+def name_of(norm: nn.Module) -> str:
+    """What a norm is registered as."""
+    return next(name for name, cls in NORMS.items() if type(norm) is cls)
 
 
 def norms_of(module: nn.Module) -> list[Any]:
