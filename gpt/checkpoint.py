@@ -33,7 +33,7 @@ class TrainState:
     """All that changes while training; batches and dropout follow from `step`.
 
     setting  what must be the same when resuming, though no override names it: the tokens, the
-             device and the precision that `auto` stood for
+             weights of `init.from`, the device and the precision that `auto` stood for
     """
 
     step: int
@@ -86,7 +86,7 @@ def restore(run_dir: Path, state: TrainState) -> bool:
         return False
     progress = read_json(folder / "state.json")
     for key, here in state.setting.items():
-        there = progress["setting"][key]
+        there = progress["setting"].get(key, here)  # a source that was removed is back
         if there != here:
             raise DataError(
                 f"{folder}: its {key} was {there}, here it is {here}; bring that back or use "

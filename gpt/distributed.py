@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpt.errors import ConfigError, ProcessLost
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -64,13 +67,17 @@ def share(rows: np.ndarray) -> np.ndarray:
     return rows.reshape(world_size(), -1)[rank()]
 
 
+def from_all_processes(value: T) -> list[T]:
+    """What each process has for `value`; all must ask, and so wait for one another."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def on_any_process(flag: bool) -> bool:
-    """Whether `flag` holds on one of the processes; all must ask, and so wait for one another."""
-    if world_size() == 1:
-        return flag
-    flags = [False] * world_size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+    """Whether `flag` holds on one of the processes; all must ask, as above."""
+    return any(from_all_processes(flag))
 
 
 class MeanOverProcesses(torch.autograd.Function):

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from gpt.checkpoint import load_model
+from gpt.checkpoint import checkpoints, load_model
 from gpt.config import Config, load_config
 from gpt.errors import ConfigError
+from gpt.files import read_json
 from gpt.model import GPT
 from gpt.tokenizer import fingerprint, load_tokenizer
 
@@ -51,6 +52,12 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     line = f"starting from {source}: {len(kept)} tensors of it"
     line += f", new {', '.join(fresh)}" * bool(fresh)
     return line + f", without its {', '.join(left)}" * bool(left)
+
+
+def source_sha256(cfg: Config) -> str | None:
+    """SHA-256 of the weights that `transplant` takes; None where there are none (any more)."""
+    folders = checkpoints(Path(cfg.init["from"])) if cfg.init["from"] else []
+    return read_json(folders[0] / "manifest.json")["model.safetensors"] if folders else None
 
 
 def as_dict(group: Any) -> dict[str, Any]:

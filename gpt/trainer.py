@@ -30,7 +30,14 @@ from gpt.device import (
     reset_peak_memory,
     resolve_device,
 )
-from gpt.distributed import mean_over_processes, on_any_process, processes, rank, world_size
+from gpt.distributed import (
+    from_all_processes,
+    mean_over_processes,
+    on_any_process,
+    processes,
+    rank,
+    world_size,
+)
 from gpt.errors import ConfigError, DataError, Diverged
 from gpt.evaluate import evaluate
 from gpt.files import read_json, read_jsonl, write_atomically
@@ -43,7 +50,7 @@ from gpt.placement import build_model, refuse_single_values
 from gpt.run_dir import locked, refuse_another_configuration, stop_signals
 from gpt.screen import Screen
 from gpt.seeds import stream_seed
-from gpt.surgery import transplant
+from gpt.surgery import source_sha256, transplant
 from gpt.tokenizer import save_tokenizer, token_bytes
 
 READ_EVERY = 10  # on an accelerator losses are read once in so many steps, since reading waits
@@ -82,6 +89,7 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
     run_dir = Path(cfg.run_dir) if cfg.run_dir else root / cfg.run_name()
     with processes(cfg.device), locked(run_dir) if rank() == 0 else nullcontext():
         screen = Screen(cfg.train.steps, quiet=quiet or rank() > 0)
+        on_any_process(False)  # the first holds the lock, so that the files are this run's
         refuse_another_configuration(run_dir, cfg)
         data = prepare(cfg)
         if (run_dir / "DONE").exists():
@@ -129,13 +137,19 @@ def sample_text(run: Run) -> str:
 
 
 def finished(run_dir: Path, cfg: Config, data: Data, screen: Screen) -> dict[str, Any]:
-    """The summary of a run that is done, if it is this run on this text."""
+    """The summary of a run that is done, if it is this run on this text, from these weights."""
     summary = read_json(run_dir / "summary.json")
     if summary["config_hash"] != cfg.hash():
         raise ConfigError(f"{run_dir} is finished under another configuration; use another run_dir")
     if summary["corpus_sha256"] != data.train.header.corpus_sha256:
         raise DataError(
             f"{run_dir} is finished, on another text of data={cfg.data.name}; use another run_dir"
+        )
+    then, now = summary.get("init_sha256"), source_sha256(cfg)
+    if then and now and then != now:
+        raise DataError(
+            f"{run_dir} is finished, from other weights than init.from={cfg.init['from']} has now; "
+            "use another run_dir"
         )
     if "diverged_at" in summary:
         raise Diverged(
@@ -168,6 +182,9 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
         "precision": precision(device, cfg.dtype),
         "configuration": cfg.hash(),
     }
+    source = source_sha256(cfg)
+    if source:
+        setting["init.from"] = source
     state = TrainState(0, model, make_optimizer(model, cfg.optim), setting)
     return Run(cfg, run_dir, device, data, model, sight, screen), state
 
@@ -321,6 +338,7 @@ def stop_if_diverged(
         return
     state.step = last["step"]
     site = "only in the backward pass"
+    torch.manual_seed(stream_seed(run.cfg.seed, f"dropout/{state.step}/{rank()}"))
     for x, y in batches.at(state.step, run.device):
         record: stats.Record = {}
         with (
@@ -329,10 +347,9 @@ def stop_if_diverged(
             stats.collect(run.model, run.model.places(), record),
         ):
             run.model(x, y)
-        found = stats.first_nonfinite(record)
+        found = [f for f in from_all_processes(stats.first_nonfinite(record)) if f]
         if found:
-            site = f"first in {found}"
-        if on_any_process(bool(found)):
+            site = f"first in {found[0]}"
             break
     raise Diverged(
         f"diverged at step {state.step}: loss {last['loss']}, gradient norm "
@@ -392,6 +409,7 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
         "corpus": cfg.data.name,
         "corpus_sha256": run.data.train.header.corpus_sha256,
         "tokenizer": run.data.tokenizer.name,
+        "init_sha256": state.setting.get("init.from"),
         "config_hash": cfg.hash(),
         "torch": torch.__version__,
         "peak_memory": peak_memory(run.device),

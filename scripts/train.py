@@ -6,6 +6,7 @@ Several at once, a table at the end: python scripts/train.py -m norm=layer,rms s
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -101,6 +102,9 @@ if __name__ == "__main__":
             cli.literal(arg, "data.path", "run_dir", "init.from") for arg in sys.argv[1:]
         ]
         cli.run(main)
+    elif os.environ.get("WORLD_SIZE", "1") != "1":
+        hint = "a sweep's cells run in one process each: start it without torchrun"
+        sys.exit(cli.tell(ConfigError(hint)))
     else:
         results = partial(show_results, folder)
         total = count_cells(sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def test_a_batch_of_one_trains_and_says_what_its_statistics_are(
     ("norm", "also", "message"),
     [
         ("batch", "model.block_size=1", "train.batch_size=1 and model.block_size=1 give one"),
-        ("batch_pos", "seed=1", "train.batch_size=1 gives one value a feature"),
+        ("layer", "placement.head=batch_pos", "norm=batch_pos: train.batch_size=1 gives one"),
     ],
 )
 def test_a_batch_of_one_value_is_refused(
@@ -283,6 +284,28 @@ def test_going_on_with_the_same_norm_starts_where_the_run_ended(
 ) -> None:
     assert transplanted(source, corpus, tmp_path / "run").returncode == 0
     assert read_rows(tmp_path / "run")[0]["val_loss"] == read_rows(source)[-1]["val_loss"]
+
+
+def test_a_source_that_has_other_weights_now_is_told(
+    source: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """A finished run is not taken for one that starts from them; without its source it stands."""
+    moved, run_dir = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(source, moved)
+    assert transplanted(moved, corpus, run_dir).returncode == 0
+    assert "is finished already" in transplanted(moved, corpus, run_dir).stdout
+    shutil.rmtree(moved)
+    assert "is finished already" in transplanted(moved, corpus, run_dir).stdout
+    train(make_config("data=text", f"data.path={corpus}", f"run_dir={moved}", "seed=2"))
+    finished = transplanted(moved, corpus, run_dir)
+    (run_dir / "DONE").unlink()
+    stopped = transplanted(moved, corpus, run_dir)
+    for result, words in (
+        (finished, "is finished, from other weights"),
+        (stopped, "init.from was"),
+    ):
+        assert result.returncode == 65
+        assert words in result.stderr
 
 
 def test_norms_are_taken_away_by_a_schedule(source: Path, corpus: Path, tmp_path: Path) -> None:

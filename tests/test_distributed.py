@@ -14,6 +14,7 @@ import torch
 
 from gpt.distributed import processes
 from gpt.errors import ConfigError
+from gpt.run_dir import locked
 from tests.conftest import overrides, read_rows
 from tests.programs import REPO, Process, run_program, run_ranks
 
@@ -85,6 +86,55 @@ def test_a_process_that_dies_ends_the_others_in_one_line(corpus: Path, tmp_path:
     gone = "error: another process of this run is gone; the same command resumes it"
     assert gone in ended.stderr
     assert "RuntimeError" not in ended.stderr  # torchrun's own traceback is there
+
+
+BAD_ON_THE_SECOND = """
+import os
+from torch import nn
+from gpt.norms.registry import register
+
+@register("bad")
+class Bad(nn.Module):
+    axes = ()
+    step = 0
+
+    def __init__(self, n_embd):
+        super().__init__()
+
+    def begin_step(self, step, steps):
+        self.step = step
+
+    def forward(self, x):
+        return x * float("nan") if self.step == 3 and os.environ["RANK"] == "1" else x
+"""
+
+
+def test_a_divergence_on_any_process_names_its_site(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(BAD_ON_THE_SECOND)
+    own = [f"norm.module={tmp_path}/bad.py", "placement.head=bad", f"run_dir={tmp_path}/run"]
+    result = run_ranks(*overrides("data=text", f"data.path={corpus}", *own))
+    assert result.returncode == 17
+    told = [line for line in result.stderr.splitlines() if "diverged at step 3" in line]
+    assert len(told) == 2
+    assert all("first in head (after)" in line for line in told)
+
+
+def test_a_second_start_leaves_the_files_of_the_first_alone(corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    half_written = run_dir / "checkpoints" / "step_77.tmp"
+    args = overrides("data=text", f"data.path={corpus}", f"run_dir={run_dir}")
+    with locked(run_dir):
+        half_written.mkdir(parents=True)
+        result = run_ranks(*args)
+    assert result.returncode == 75
+    assert f"process {os.getpid()}" in result.stderr
+    assert half_written.exists()
+
+
+def test_a_sweep_in_several_processes_is_refused(tmp_path: Path) -> None:
+    result = run_program("-m", "norm=layer,rms", cwd=tmp_path, WORLD_SIZE="2")
+    assert result.returncode == 78
+    assert result.stderr.startswith("error: a sweep's cells run in one process each")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(corpus: Path, tmp_path: Path) -> None:
