@@ -11,10 +11,13 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student
 
+from gpt.files import read_jsonl
 from gpt.results import distinguish, label, read_config
 
 Summary = dict[str, Any]
@@ -144,6 +147,25 @@ def interval(values: Iterable[float]) -> tuple[float, float | None]:
         return mean, None
     variance = math.fsum((x - mean) ** 2 for x in xs) / (len(xs) - 1)
     return mean, float(student.ppf(0.975, len(xs) - 1)) * math.sqrt(variance / len(xs))
+
+
+@cache
+def curve(run_dir: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """A run's steps and its validation losses there, in bits a byte, while they were finite."""
+    rows = read_jsonl(Path(run_dir) / "metrics.jsonl")
+    points = [(r["step"], r["val_bpb"]) for r in rows if r.get("val_bpb") is not None]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return steps, values
+
+
+def curve_limits(cells: list[Cell]) -> tuple[float, float]:
+    """An axis for their curves. Of a diverged run the first loss counts: its last have no bound."""
+    runs = [run for cell in cells for run in cell.runs]
+    parts = [curve(r["run_dir"])[1][: 1 if "diverged_at" in r else None] for r in runs]
+    values = [value for part in parts for value in part]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    margin = 0.04 * (high - low) + 0.01
+    return low - margin, high + margin
 
 
 def baseline(cell: Cell, cells: list[Cell], versus: Baseline) -> Cell | None:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from gpt.cells import Cell, in_order, interval, ordered, tuned
+from gpt.cells import Cell, curve, curve_limits, in_order, interval, ordered, tuned
 from gpt.files import read_jsonl
 
 COLUMNS = 3  # panels beside one another
@@ -69,12 +69,12 @@ def draw_curves(cells: list[Cell]) -> Figure:
     figure, panels, styles = panels_by_context(cells)
     for cell in cells:
         for run in cell.runs:
-            rows = [r for r in read_jsonl(Path(run["run_dir"]) / "metrics.jsonl") if "val_bpb" in r]
-            steps, values = [r["step"] for r in rows], [r["val_bpb"] for r in rows]
+            steps, values = curve(run["run_dir"])
             axis, style = panels[cell.context], styles[cell.norm]
             axis.plot(steps, values, label=cell.norm, linewidth=1.6, **style)
             if "diverged_at" in run:
                 axis.plot(steps[-1:], values[-1:], "x", color=style["color"])
+    figure.axes[0].set_ylim(curve_limits(cells))
     finish(figure, panels, "step", "validation bits per byte")
     return figure
 

@@ -11,15 +11,27 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from gpt.cells import Baseline, Cell, Summary, in_order, interval, ordered, tuned
+from gpt.cells import (
+    Baseline,
+    Cell,
+    Summary,
+    curve,
+    curve_limits,
+    in_order,
+    interval,
+    ordered,
+    tuned,
+)
 from gpt.files import read_jsonl
 from gpt.findings import MANY, activations, numbers, plain_words, table, to_csv, to_markdown
 from gpt.results import read_config
 
 
-def figure_losses(cells: list[Cell]) -> go.Figure:
+def figure_losses(cells: list[Cell]) -> go.Figure | None:
     """Final validation loss, a panel for each context, a point a norm, with its interval."""
     shown = [c for c in cells if c.losses and not c.leaky]
+    if not shown:
+        return None
     figure = go.Figure()
     for norm in sorted({c.norm for c in shown}):
         mine = [(c.context, *interval(c.losses.values())) for c in shown if c.norm == norm]
@@ -28,7 +40,7 @@ def figure_losses(cells: list[Cell]) -> go.Figure:
         figure.add_scatter(x=contexts, y=means, error_y=bars, mode="markers", name=norm)
     figure.update_xaxes(categoryorder="array", categoryarray=ordered({c.context for c in shown}))
     figure.update_traces(marker_size=9)
-    values = [loss for c in shown for loss in c.losses.values()] or [0.0]
+    values = [loss for c in shown for loss in c.losses.values()]
     intervals = [interval(c.losses.values()) for c in shown]
     ends = [(mean - (half or 0), mean + (half or 0)) for mean, half in intervals]
     span = max(values) - min(values) + 0.01  # beyond it a bar is cut: a few seeds' may be endless
@@ -41,24 +53,26 @@ def figure_losses(cells: list[Cell]) -> go.Figure:
 
 
 def figure_curves(cells: list[Cell]) -> go.Figure:
-    """Validation loss by step, every run; runs of one cell share a colour."""
+    """Validation loss by step, every run; runs of one cell share a colour. A diverged one ends in a
+    cross."""
     figure = go.Figure()
     for i, cell in enumerate(cells[:MANY]):
         for j, run in enumerate(cell.runs):
-            rows = read_jsonl(Path(run["run_dir"]) / "metrics.jsonl")
-            points = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
+            steps, values = curve(run["run_dir"])
             color = f"hsl({360 * i / min(MANY, len(cells)):.0f} 65% 45%)"
             figure.add_scatter(
-                x=[x for x, _ in points],
-                y=[y for _, y in points],
-                mode="lines",
+                x=steps,
+                y=values,
+                mode="lines+markers" if "diverged_at" in run else "lines",
+                marker={"symbol": "x", "size": [0] * (len(steps) - 1) + [9]},
                 name=cell.label + " (leaky)" * cell.leaky,
                 legendgroup=cell.label,
                 showlegend=j == 0,
                 line={"color": color},
             )
+    figure.update_yaxes(range=curve_limits(cells[:MANY]))
     title = "Validation loss by step"
-    figure.update_layout(title=title, xaxis_title="step", yaxis_title="nats a token")
+    figure.update_layout(title=title, xaxis_title="step", yaxis_title="bits a byte")
     return figure
 
 

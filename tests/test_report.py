@@ -33,7 +33,8 @@ def summary(folder: Path, norm: str, seed: int, loss: float | None, **more: obje
         f"seed: {seed}\nnorm:\n  name: {norm}\nplacement:\n  name: pre\ntrain: {{batch_size: 4}}"
     )
     (run / "config.yaml").write_text(config)
-    rows = [{"step": s, "val_loss": (loss or 9) + 1 / (s + 1)} for s in (0, 5, 10)]
+    curve = {s: (loss or 9) + 1 / (s + 1) for s in (0, 5, 10)}
+    rows = [{"step": s, "val_loss": nats, "val_bpb": nats / 2} for s, nats in curve.items()]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     moments = {"after": {"rms": 1.0, "kurtosis": 3.0}}
     (run / "stats.jsonl").write_text(json.dumps({"step": 1, "residual": {"embd": moments}}) + "\n")
@@ -195,6 +196,21 @@ def test_a_rate_at_which_runs_diverged_is_marked_as_such(tmp_path: Path) -> None
     marks = [mark for mark in drawn.axes[0].lines if mark.get_marker() == "x"]
     assert [list(mark.get_xdata()) for mark in marks] == [[0.3, 1.0]]
     assert pictures.draw_lr([cell for cell in cells if not cell.losses]) is None
+
+
+def test_a_curve_that_diverges_ends_in_a_cross_on_the_page_and_in_the_picture(
+    tmp_path: Path,
+) -> None:
+    summary(tmp_path, "layer", 1, 3.0)
+    summary(tmp_path, "rms", 1, None, diverged_at=12)
+    cells = make_cells(load_summaries(tmp_path))
+    drawn = {line.get_label(): line for line in pictures.draw_curves(cells).axes[0].lines}
+    page = {line.name: line for line in report.figure_curves(cells).data}
+    assert page["layer-pre-bs4"].mode == "lines"
+    assert page["rms-pre-bs4"].mode == "lines+markers"
+    assert page["rms-pre-bs4"].marker.size == (0, 0, 9)
+    assert page["rms-pre-bs4"].marker.symbol == "x"
+    assert page["rms-pre-bs4"].y == tuple(drawn["rms"].get_ydata())
 
 
 def test_runs_that_are_not_finished_are_counted(folder: Path) -> None:

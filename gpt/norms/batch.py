@@ -84,7 +84,7 @@ class BatchNorm(nn.Module):
             affine = (self.weight, self.bias)
             return F.batch_norm(rows, *running, *affine, True, self.momentum, self.eps).view_as(x)
         mean, variance = moments(x, (0, 1))
-        if self.training and not self.batch_stats:
+        if self.training:
             self.observe(mean.detach(), variance.detach(), count)
         return self.normalise(x, mean, variance)
 

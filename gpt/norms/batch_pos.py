@@ -45,7 +45,7 @@ class PositionBatchNorm(BatchNorm):
         if count == 1 and self.training:
             raise ValueError("norm=batch_pos in training needs more than 1 sample a batch (B > 1)")
         mean, variance = moments(x, (0,))
-        if self.training and not self.batch_stats:
+        if self.training:
             # What is later than this batch's T is not seen, and so stays.
             padded = torch.cat([mean.detach(), self.running_mean[T:]])
             padded_var = torch.cat([variance.detach(), self.running_var[T:]])

@@ -85,7 +85,7 @@ class PowerNorm(BatchNorm):
         x32, psi = wide(x), self.running_var + self.eps  # ψ: a variance around a mean of 0
         if self.training or self.batch_stats:
             square = mean_over_processes(x32.square().mean((0, 1)))
-            if self.training and not self.batch_stats:
+            if self.training:
                 count = x.shape[:-1].numel() * world_size()
                 self.observe(torch.zeros_like(square), square.detach(), count)
             if self.batch_stats or self.warming:
