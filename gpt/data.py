@@ -87,7 +87,14 @@ def prepare(cfg: Config) -> Data:
         with FileLock(f"{folder}.lock"):
             if not is_complete(folder):
                 print(f"preparing {corpus.name} in {folder}", flush=True)
-                write_folder(corpus, cfg.tokenizer, folder)
+                temporary = folder.with_name(f"{folder.name}.tmp")
+                shutil.rmtree(temporary, ignore_errors=True)  # of a preparation that was killed
+                try:
+                    write_folder(corpus, cfg.tokenizer, temporary)
+                    shutil.rmtree(folder, ignore_errors=True)  # where a part of it was deleted
+                    os.replace(temporary, folder)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)  # of one that was refused
     tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
     train, val = (open_tokens(folder / f"{split}.bin") for split in ("train", "val"))
     for tokens in (train, val):
@@ -106,17 +113,15 @@ def is_complete(folder: Path) -> bool:
 
 
 def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
-    """Tokenize `corpus` into a temporary folder and rename it."""
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a preparation that was killed
-    temporary.mkdir()
+    """Tokenize `corpus` into a new folder."""
+    folder.mkdir()
     training = (text for split, text in corpus.documents() if split == "train")
     tokenizer = tokenizers.make_tokenizer(tokenizer_name, training)
     between = tokenizers.separator(tokenizer) if corpus.separate else []
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
     sha256 = hashlib.sha256()
     with ExitStack() as stack:
-        paths = {split: temporary / f"{split}.bin" for split in ("train", "val")}
+        paths = {split: folder / f"{split}.bin" for split in ("train", "val")}
         files = {split: stack.enter_context(path.open("wb")) for split, path in paths.items()}
         n_tokens, n_bytes = dict.fromkeys(files, 0), dict.fromkeys(files, 0)
         for file in files.values():
@@ -143,9 +148,7 @@ def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
             file.write(content.ljust(HEADER_BYTES - 1) + b"\n")
             file.flush()
             os.fsync(file.fileno())
-    tokenizers.save_tokenizer(tokenizer, temporary / "tokenizer.json")
-    shutil.rmtree(folder, ignore_errors=True)  # where someone has deleted a part of it
-    os.replace(temporary, folder)
+    tokenizers.save_tokenizer(tokenizer, folder / "tokenizer.json")
 
 
 def open_tokens(path: Path) -> Tokens:

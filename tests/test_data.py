@@ -306,6 +306,7 @@ def test_a_damaged_file_is_one_line_and_65(tmp_path: Path, content: str, error: 
     assert result.returncode == 65
     assert result.stderr.count("\n") == 1
     assert f"data.path={path}: {error}" in result.stderr
+    assert [p.suffix for p in (tmp_path / "data").iterdir()] == [".lock"]
 
 
 def test_files_have_no_subset(tmp_path: Path) -> None:
