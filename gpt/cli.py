@@ -105,6 +105,9 @@ def explain_hydra(error: Exception) -> str:
         return f"{group}={name}: expected one of {', '.join(options)}{nearest(name, options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not an override ({str(error).splitlines()[0]}); quote the value"
+    if "Ambiguous value" in str(error):  # of several values in a single run
+        override = str(error).splitlines()[0].partition("'")[2].rstrip("'")
+        return f"{override}: one value expected; add -m to run one after another"
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     key = getattr(cause, "full_key", None)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):

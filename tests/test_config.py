@@ -87,6 +87,7 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("norm.name=5", "norm.name=5: expected a norm's name"),
         ("~norm.name", "norm.name=None: expected a norm's name"),
         ("norm=[", "norm=[: not an override"),
+        ("norm=layer,rms", "norm=layer,rms: one value expected; add -m to run one after another"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_78(override: str, expected: str) -> None:
