@@ -122,12 +122,11 @@ def read_texts(files: list[Path]) -> Iterator[Document]:
                 at = min(max(cut - done, 0), len(chunk))
                 while at < len(chunk) and chunk[at] & 0xC0 == 0x80:  # inside a character
                     at += 1
-                for split, part in (("train", chunk[:at]), ("val", chunk[at:])):
-                    if part:
-                        yield (
-                            split,
-                            decode(part, file, done - start + (at if split == "val" else 0)),
-                        )
+                offset = done - start
+                if at > 0:
+                    yield "train", decode(chunk[:at], file, offset)
+                if at < len(chunk):
+                    yield "val", decode(chunk[at:], file, offset + at)
                 done += len(chunk)
 
 

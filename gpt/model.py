@@ -65,9 +65,8 @@ class Sublayer(nn.ModuleDict, ABC):
     the last sum is left to the norm that reads the stream next, see `add_norm`.
     """
 
-    slots: ClassVar[
-        dict[str, int]
-    ]  # where a norm can stand, some of them inside f: its width in units of C
+    # Where a norm can stand, some of them inside f: its width in units of C.
+    slots: ClassVar[dict[str, int]]
 
     def __init__(
         self, config: ModelConfig, site: str, make_norm: MakeNorm, plan: BlockPlan
@@ -177,9 +176,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(
             Block(config, f"h.{i}", make_norm, plan) for i, plan in enumerate(plans)
         )
-        self.head = make_norm(
-            "head", config.n_embd
-        )  # before the output head, whose weight is wte's
+        self.head = make_norm("head", config.n_embd)  # before the output head: wte's weight
         self.init_weights(plans, seed)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
