@@ -72,6 +72,15 @@ def show_results(folder: Path) -> None:
         print(f"python scripts/report.py {folder}   makes a page of it")
 
 
+def refuse_sweep() -> None:
+    """ConfigError where the command says what only a single run can have."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("a sweep's cells run in one process each: start it without torchrun")
+    for arg in sys.argv[1:]:
+        if arg.startswith("run_dir="):
+            raise ConfigError(f"{arg}: a sweep's runs have their own; hydra.sweep.dir=DIR for all")
+
+
 def sweep_dir(argv: list[str]) -> Path | None:
     """Where a sweep's runs go: it follows from the sweep's name or its overrides, so that the same
     command finds the cells that it has finished. None for a single run."""
@@ -102,10 +111,8 @@ if __name__ == "__main__":
             cli.literal(arg, "data.path", "run_dir", "init.from") for arg in sys.argv[1:]
         ]
         cli.run(main)
-    elif os.environ.get("WORLD_SIZE", "1") != "1":
-        hint = "a sweep's cells run in one process each: start it without torchrun"
-        sys.exit(cli.tell(ConfigError(hint)))
     else:
+        cli.run(refuse_sweep)
         results = partial(show_results, folder)
         total = count_cells(sys.argv[1:])
         sys.argv.append(f"hydra.sweep.dir={folder}")

@@ -115,7 +115,7 @@ def test_wrong_usage_ends_with_64(tmp_path: Path) -> None:
     assert run_program("--compare", "layer", script="norms").returncode == 64
 
 
-@pytest.mark.parametrize("override", ["norm=layr", "train.batch_size=-1"])
+@pytest.mark.parametrize("override", ["norm=layr", "train.batch_size=-1", "run_dir=one"])
 def test_a_sweep_that_cannot_start_is_one_line_too(override: str, tmp_path: Path) -> None:
     result = run_program("-m", override, cwd=tmp_path)
     assert result.returncode == 78
