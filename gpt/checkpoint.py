@@ -32,7 +32,7 @@ from gpt.tokenizer import load_tokenizer
 class TrainState:
     """All that changes while training; batches and dropout follow from `step`.
 
-    setting  what must be the same when resuming, though no override names it: the tokens, the
+    setting  what must be the same when resuming, beside the configuration: the tokens, the
              weights of `init.from`, the device and the precision that `auto` stood for
     """
 
@@ -78,10 +78,9 @@ def restore(run_dir: Path, state: TrainState) -> bool:
     """
     for leftover in (run_dir / "checkpoints").glob("*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    folders = checkpoints(run_dir)
-    folder = next((f for f in folders if is_valid(f)), None)
+    folder = newest(run_dir)
     if folder is None:
-        if folders:
+        if checkpoints(run_dir):
             raise DataError(f"{run_dir}/checkpoints: no checkpoint is intact; use another run_dir")
         return False
     progress = read_json(folder / "state.json")
@@ -107,15 +106,12 @@ def load_model(
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").exists():
-        raise MissingInput(f"run_dir={run_dir}: not a run directory, it has no config.yaml")
-    folders = checkpoints(run_dir)
-    if step is not None:
-        folders = [f for f in folders if f.name == f"step_{step}"]
-    if not folders:
+        raise MissingInput(f"{run_dir}: not a run directory, it has no config.yaml")
+    if not checkpoints(run_dir, step):
         have = ", ".join(f.name for f in checkpoints(run_dir)) or "none"
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise MissingInput(f"run_dir={run_dir}: no {wanted}; it has {have}")
-    folder = next((f for f in folders if is_valid(f)), None)
+        raise MissingInput(f"{run_dir}: no {wanted}; it has {have}")
+    folder = newest(run_dir, step)
     if folder is None:
         raise DataError(f"{run_dir}/checkpoints: no such checkpoint is intact")
     tokenizer = load_tokenizer(run_dir / "tokenizer.json")
@@ -124,9 +120,14 @@ def load_model(
     return model.to(device).eval()
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The finished checkpoint folders, newest first."""
-    found = (run_dir / "checkpoints").glob("step_*")
+def newest(run_dir: Path, step: int | None = None) -> Path | None:
+    """The newest checkpoint that is intact, or that of `step`, if there is one."""
+    return next((f for f in checkpoints(run_dir, step) if is_valid(f)), None)
+
+
+def checkpoints(run_dir: Path, step: int | None = None) -> list[Path]:
+    """The finished checkpoint folders, newest first, or that of `step` alone."""
+    found = (run_dir / "checkpoints").glob("step_*" if step is None else f"step_{step}")
     folders = [f for f in found if f.name.removeprefix("step_").isdecimal()]
     return sorted(folders, key=lambda f: int(f.name.removeprefix("step_")), reverse=True)
 

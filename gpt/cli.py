@@ -132,7 +132,7 @@ def similar_key(key: str, config: DictConfig) -> str:
         by_name = {o.rpartition(".")[2]: o for o in reversed(candidates)}
         for found in get_close_matches(name, by_name, n=1):
             return f"; did you mean {by_name[found]!r}?"
-    return nearest(key, beside)
+    return ""
 
 
 def dotted(content: object, prefix: str) -> Iterator[str]:

@@ -290,8 +290,7 @@ def refuse_additions(raw: Any, cfg: Any, prefix: str = "") -> None:
     known = [field.name for field in fields(cfg)]
     for key in map(str, raw):
         if key not in known:
-            options = [prefix + name for name in known]
-            raise ConfigError(f"{prefix}{key}: no such key{nearest(prefix + key, options)}")
+            raise ConfigError(f"{prefix}{key}: no such key{nearest(key, known)}")
         if is_dataclass(getattr(cfg, key)):
             refuse_additions(raw[key], getattr(cfg, key), f"{prefix}{key}.")
 

@@ -211,8 +211,8 @@ def texts_of(rows: Any, cfg: DataConfig) -> Iterator[str]:
 def local_files(path: str) -> list[Path]:
     """The data files that `path` (file, folder, glob or comma-separated list of these) names.
 
-    None where it can only be a name on the hub; UserError where a part of it is missing, is of a
-    kind that cannot be read, or of another kind than the others.
+    No files where it can only be a name on the hub; UserError where a part of it is missing, is of
+    a kind that cannot be read, or of another kind than the others.
     """
     files: list[Path] = []
     missing: list[str] = []

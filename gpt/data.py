@@ -171,8 +171,7 @@ def open_tokens(path: Path) -> Tokens:
 
 def rows(ids: np.ndarray, starts: np.ndarray, block_size: int) -> Tensor:
     """The windows of block_size + 1 tokens from each start, int64 (len(starts), block_size + 1)."""
-    windows = [ids[start : start + block_size + 1] for start in starts]
-    return torch.from_numpy(np.stack(windows).astype(np.int64))
+    return torch.from_numpy(ids[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
 
 
 def to_device(window: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

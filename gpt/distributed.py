@@ -56,7 +56,8 @@ def processes(device: str) -> Iterator[None]:
         if "onnection" not in str(error):  # gloo's and NCCL's word for it
             raise
         raise ProcessLost(
-            "another process of this run is gone; the same command resumes it"
+            "another process of this run has ended; unless its own line names another cause, the "
+            "same command resumes the run"
         ) from error
     finally:
         dist.destroy_process_group()

@@ -55,7 +55,8 @@ def table(cells: list[Cell], versus: Baseline) -> list[dict[str, str]]:
             show(*paired[:2], sign="+") if paired else ""
         )
         row["pairs"] = str(paired[2]) if paired else ""
-        row["tokens/s"] = f"{interval(r['tokens_per_s'] for r in cell.runs)[0]:,.0f}"
+        speeds = [r["tokens_per_s"] for r in cell.runs if r["tokens_per_s"]]  # 0: it never trained
+        row["tokens/s"] = f"{interval(speeds)[0]:,.0f}" if speeds else ""
         # The least: what a process keeps of cells before it, counts too.
         row["peak memory"] = f"{min(r['peak_memory'] for r in cell.runs) / 2**20:,.0f} MiB"
         row["parameters"] = f"{first['params']:,}"

@@ -45,14 +45,15 @@ class RunLog:
     def __init__(self, run_dir: Path, cfg: Config, keep_until: int) -> None:
         self.run_dir = run_dir
         self.files: dict[str, TextIO] = {}
-        self.wandb = Wandb(run_dir, cfg)
         if rank() > 0:
+            self.wandb = Wandb(run_dir, cfg)
             return
         kept = {}
         for name in ("metrics.jsonl", "stats.jsonl"):
             rows = [row for row in read_jsonl(run_dir / name) if row["step"] <= keep_until]
             write_atomically(run_dir / name, "".join(to_json(row) + "\n" for row in rows))
             kept[name] = rows
+        self.wandb = Wandb(run_dir, cfg)
         self.wandb.catch_up(kept["metrics.jsonl"], kept["stats.jsonl"])
         self.files = {
             name: (run_dir / f"{name}.jsonl").open("a", encoding="utf-8")
@@ -96,7 +97,9 @@ class Wandb:
         self.was_synced = False
         disabled = "disabled" in (cfg.wandb.mode, os.environ.get("WANDB_MODE"))
         if rank() == 0 and not disabled:
-            self.attempt(lambda: self.start(run_dir, cfg))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # its dependencies' deprecations are not ours
+                self.attempt(lambda: self.start(run_dir, cfg))
 
     def start(self, run_dir: Path, cfg: Config) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -197,9 +200,7 @@ class Wandb:
 
     def attempt(self, call: Callable[[], Any]) -> None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # its dependencies' deprecations are not ours
-                call()
+            call()
         except Exception as error:
             self.run = None
             with suppress(Exception):  # so that it does not fail again, loudly, at exit

@@ -38,7 +38,7 @@ def load_summaries(*folders: Path) -> list[dict[str, Any]]:
 def unfinished(*folders: Path) -> int:
     """How many runs below `folders` have begun and not ended."""
     paths = {path.resolve() for folder in folders for path in folder.rglob("metrics.jsonl")}
-    return sum(not (path.parent / "DONE").exists() for path in paths)
+    return sum(not (path.parent / "summary.json").exists() for path in paths)
 
 
 def print_table(summaries: list[dict[str, Any]]) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from gpt.checkpoint import checkpoints, load_model
+from gpt.checkpoint import load_model, newest
 from gpt.config import Config, load_config
 from gpt.errors import ConfigError
-from gpt.files import read_json
+from gpt.files import flatten, read_json
 from gpt.model import GPT
 from gpt.tokenizer import fingerprint, load_tokenizer
 
@@ -30,7 +30,7 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     trained = load_model(source)
     there = load_config(source / "config.yaml")
     for group in ("model", "placement", *(() if cfg.init["swap_norm"] else ("norm",))):
-        a, b = (as_dict(getattr(c, group)) for c in (there, cfg))
+        a, b = (flatten(as_dict(getattr(c, group)), ".") for c in (there, cfg))
         differing = [
             f"{group}.{key}={a.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)
         ]
@@ -56,8 +56,8 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
 
 def source_sha256(cfg: Config) -> str | None:
     """SHA-256 of the weights that `transplant` takes; None where there are none (any more)."""
-    folders = checkpoints(Path(cfg.init["from"])) if cfg.init["from"] else []
-    return read_json(folders[0] / "manifest.json")["model.safetensors"] if folders else None
+    folder = newest(Path(cfg.init["from"])) if cfg.init["from"] else None
+    return read_json(folder / "manifest.json")["model.safetensors"] if folder else None
 
 
 def as_dict(group: Any) -> dict[str, Any]:

@@ -253,11 +253,12 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
                 evaluate_and_log()
             if saving and rank() == 0:
                 checkpoint.save(run.dir, state, t.keep_checkpoints)
-            if stopping and step < t.steps:
-                on_any_process(False)  # all wait until the first has saved
-                run.screen.say(f"stopped at step {step}; the same command resumes there")
-                raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+            if stopping:
+                break
             started = time.perf_counter()
+        if on_any_process(bool(signals)):  # all wait until the first has saved
+            run.screen.say(f"stopped at step {state.step}; the same command resumes there")
+            raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
 
 
 def update(
@@ -314,8 +315,7 @@ def gradients_stay(forward: nn.Module, more_to_come: bool) -> AbstractContextMan
 
 
 def read(rows: list[Row]) -> list[dict[str, Any]]:
-    """The numbers of several steps in one transfer, to the first that are not finite: the only
-    place where training waits."""
+    """The numbers of several steps in one transfer, to the first that are not finite."""
     numbers = torch.stack([torch.stack([row.loss, row.grad_norm]) for row in rows]).tolist()
     result = []
     for row, (loss, grad_norm) in zip(rows, numbers, strict=True):
@@ -392,7 +392,7 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
     return {
         **{k: v for k, v in evaluations[-1].items() if k != "step"},
         "best_val_loss": min((r["val_loss"] for r in evaluations if r["val_loss"]), default=None),
-        "train_loss": sum(losses) / max(1, len(losses)),
+        "train_loss": sum(losses) / len(losses) if losses else None,
         **spikes,
         "leaky": bool(run.sight.training),
         "sees_in_training": list(run.sight.training),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpt.checkpoint import load_model
+from gpt.checkpoint import checkpoints, load_model
 from gpt.config import Config
 from gpt.errors import ConfigError
 from gpt.fold import Affine, fold
@@ -286,6 +287,17 @@ def test_going_on_with_the_same_norm_starts_where_the_run_ended(
     assert read_rows(tmp_path / "run")[0]["val_loss"] == read_rows(source)[-1]["val_loss"]
 
 
+def test_a_damaged_checkpoint_of_the_source_is_passed_over(
+    source: Path, corpus: Path, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(source, tmp_path / "source"))
+    last, before = checkpoints(moved)[:2]
+    (last / "manifest.json").unlink()
+    assert transplanted(moved, corpus, tmp_path / "run").returncode == 0
+    taken = json.loads((tmp_path / "run" / "summary.json").read_text())["init_sha256"]
+    assert taken == json.loads((before / "manifest.json").read_text())["model.safetensors"]
+
+
 def test_a_source_that_has_other_weights_now_is_told(
     source: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -331,6 +343,7 @@ def test_norms_are_taken_away_by_a_schedule(source: Path, corpus: Path, tmp_path
         (["norm=rms"], "it has norm.name=layer; say so here too or init.swap_norm=rms"),
         (["model.n_layer=3"], "it has model.n_layer=2; say so here too"),
         (["placement=post"], "it has placement.name=pre; say so here too"),
+        (["placement.attn.q=true"], "it has placement.attn.q=False; say so here too"),
         (["tokenizer=bpe"], "its tokens are others"),
         (["init.swap_norm=rmz"], "init.swap_norm=rmz: expected one of"),
         (["init.swap_norm=rms", "norm=rms"], "leave out norm=… beside it"),

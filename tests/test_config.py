@@ -51,7 +51,7 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("placement.mlp.q=true", "did you mean 'placement.attn.q'?"),
         ("data.streaming=true", "data=pydoc does not use it; add data=hf"),
         ("nrom=layer", "nrom: no such key; did you mean 'norm'?"),
-        ("+train.stpes=3", "did you mean 'train.steps'?"),
+        ("+train.stpes=3", "train.stpes: no such key; did you mean 'steps'?"),
         ("model.n_layer=abc", "model.n_layer: Value 'abc' of type 'str' could not be converted to "
          "Integer"),
         ("model.n_embd=130", "model.n_embd=130: expected a multiple of model.n_head=4"),
@@ -70,7 +70,7 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("placement.alpha='import os'", "expected a finite number, or a formula of it in l and L"),
         ("placement.scale='9**9**9**9'", "expected a finite number, or a formula of it in l and L"),
         ("placement.attn.in='l*2'", "expected true, false or a norm's name, or a formula"),
-        ("placement.init.w=2", "did you mean"),
+        ("placement.init.fc=2", "did you mean 'placement.init.fc2'?"),
         ("placement.parallel=true", "set placement.mlp.in=false"),
         ("placement.attn.in=3", "placement.attn.in=3: expected true, false or a norm's name"),
         ("placement.attn.inn=true", "did you mean 'placement.attn.in'?"),
@@ -95,6 +95,12 @@ def test_a_mistake_is_one_line_and_exit_78(override: str, expected: str) -> None
     assert expected in line
     assert "\n" not in line
     assert code == 78
+
+
+@pytest.mark.parametrize("override", ["norm.xyz=1", "train.bogus=1", "+train.foo=1"])
+def test_a_key_that_is_like_none_gets_no_suggestion(override: str) -> None:
+    line, _ = refusal(override)
+    assert line.endswith("no such key")
 
 
 @pytest.mark.parametrize("override", ["train.batch_size=-1", "norm=layr", "norm.epz=1"])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,20 @@ def wandb_run(corpus: Path, run_dir: Path, *extra: str, **env: str) -> subproces
     args = overrides("data=text", f"data.path={corpus}", f"run_dir={run_dir}", *extra)
     clean = {"WANDB_API_KEY": "", "HOME": str(run_dir.parent), "NETRC": str(run_dir / "none")}
     return run_program(*args, **{**clean, **env})
+
+
+def test_a_warning_of_each_step_is_not_told_each_time(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
+    log = RunLog(tmp_path, config("wandb.mode=offline"), keep_until=-1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for step in range(9):
+            warnings.warn("of a step", stacklevel=1)
+            log.metrics(step, loss=1.0)
+    log.close()
+    times = [str(w.message) for w in told].count("of a step")
+    assert times <= 2  # wandb itself starts Python's count anew, once
 
 
 def test_without_a_login_wandb_is_offline_asks_nothing_and_changes_nothing(

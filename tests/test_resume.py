@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,26 @@ def test_a_signal_finishes_the_step_writes_a_checkpoint_and_exits_128_plus_n(
     assert step == read_rows(run_dir)[-1]["step"] >= 12
     run_program(*command(corpus, run_dir))
     assert curve(run_dir) == curve(uninterrupted)
+
+
+def test_a_signal_in_the_last_evaluation_stops_as_well(
+    config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a sweep would go on with its next cell after Ctrl-C."""
+    evaluate, calls = trainer.evaluate, iter(range(9))
+
+    def interrupted(*args: Any) -> dict[str, float]:
+        if next(calls) == 1:  # the first is before training
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args)
+
+    monkeypatch.setattr(trainer, "evaluate", interrupted)
+    cfg = config("train.eval_every=100")
+    with pytest.raises(SystemExit) as stopped:
+        train(cfg)
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert not (tmp_path / "run" / "DONE").exists()
+    assert train(cfg)["steps"] == cfg.train.steps
 
 
 def test_a_finished_run_says_so_and_exits_0(corpus: Path, uninterrupted: Path) -> None:
