@@ -7,6 +7,7 @@ to rounding and to dropout, where there is any.
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -52,8 +53,11 @@ def processes(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
         yield
-    except RuntimeError as error:
-        if "onnection" not in str(error):  # gloo's and NCCL's word for it
+    except BaseException as error:
+        # The frames hold the model's Reducer, which as the group's last owner would wait, with the
+        # interpreter locked, for a thread of gloo's that waits for the interpreter.
+        traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, RuntimeError) or "onnection" not in str(error):  # gloo's, NCCL's
             raise
         raise ProcessLost(
             "another process of this run has ended; unless its own line names another cause, the "

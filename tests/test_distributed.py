@@ -7,18 +7,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from gpt import trainer
-from gpt.config import Config
 from gpt.distributed import processes
-from gpt.errors import ConfigError, Diverged
+from gpt.errors import ConfigError
 from gpt.run_dir import locked
-from gpt.trainer import train
 from tests.conftest import overrides, read_rows
 from tests.programs import REPO, Process, run_program, run_ranks
 
@@ -92,12 +88,35 @@ def test_a_process_that_dies_ends_the_others_in_one_line(corpus: Path, tmp_path:
     assert "RuntimeError" not in ended.stderr  # torchrun's own traceback is there
 
 
-def test_a_divergence_names_the_site_that_any_process_has_found(
-    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trainer, "from_all_processes", lambda found: [None, "head (after)"])
-    with pytest.raises(Diverged, match=r"diverged at step \d+: .*first in head \(after\)"):
-        train(config("norm=dummy", "optim.lr=1e30", "train.eval_every=100"))
+BAD_ON_THE_SECOND = """
+import os
+from torch import nn
+from gpt.norms.registry import register
+
+@register("bad")
+class Bad(nn.Module):
+    axes = ()
+    step = 0
+
+    def __init__(self, n_embd):
+        super().__init__()
+
+    def begin_step(self, step, steps):
+        self.step = step
+
+    def forward(self, x):
+        return x * float("nan") if self.step == 3 and os.environ["RANK"] == "1" else x
+"""
+
+
+def test_a_divergence_on_any_process_names_its_site(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(BAD_ON_THE_SECOND)
+    own = [f"norm.module={tmp_path}/bad.py", "placement.head=bad", f"run_dir={tmp_path}/run"]
+    result = run_ranks(*overrides("data=text", f"data.path={corpus}", *own))
+    assert result.returncode == 17
+    told = [line for line in result.stderr.splitlines() if "diverged at step 3" in line]
+    assert len(told) == 2
+    assert all("first in head (after)" in line for line in told)
 
 
 def test_a_second_start_leaves_the_files_of_the_first_alone(corpus: Path, tmp_path: Path) -> None:
