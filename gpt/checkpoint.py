@@ -37,7 +37,7 @@ class TrainState:
     """
 
     step: int
-    model: nn.Module
+    model: GPT
     optimizer: torch.optim.Optimizer
     setting: dict[str, str]
 

@@ -1,4 +1,4 @@
-"""Training, top to bottom: `train` sets a run up, `run_steps` is the loop, `update` one step."""
+"""Training, top to bottom: `train` sets a run up, `run_steps` is the loop; a step is in step.py."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt import checkpoint, stats
@@ -23,7 +22,6 @@ from gpt.checkpoint import TrainState
 from gpt.config import Config, save_config
 from gpt.data import Data, TrainBatches, ValBatches, prepare
 from gpt.device import (
-    autocast,
     make_deterministic,
     peak_memory,
     precision,
@@ -31,8 +29,6 @@ from gpt.device import (
     resolve_device,
 )
 from gpt.distributed import (
-    from_all_processes,
-    mean_over_processes,
     on_any_process,
     processes,
     rank,
@@ -44,12 +40,12 @@ from gpt.files import read_json, read_jsonl, write_atomically
 from gpt.generate import generate
 from gpt.logger import RunLog
 from gpt.model import GPT
-from gpt.norms.registry import begin_step, commit, defer, norms_of, penalties
-from gpt.optim import lr_at, make_optimizer
+from gpt.norms.registry import defer, norms_of
+from gpt.optim import make_optimizer
 from gpt.placement import build_model, refuse_single_values
 from gpt.run_dir import locked, refuse_another_configuration, stop_signals
 from gpt.screen import Screen
-from gpt.seeds import stream_seed
+from gpt.step import Row, is_finite, read, update, where_not_finite
 from gpt.surgery import source_sha256, transplant
 from gpt.tokenizer import save_tokenizer, token_bytes
 
@@ -65,19 +61,8 @@ class Run:
     dir: Path
     device: torch.device
     data: Data
-    model: GPT
     sight: Sight
     screen: Screen
-
-
-@dataclass(frozen=True)
-class Row:
-    """A step's numbers, still on the device."""
-
-    step: int
-    lr: float
-    loss: Tensor
-    grad_norm: Tensor
 
 
 def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[str, Any]:
@@ -99,11 +84,11 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
         resumed = checkpoint.restore(run_dir, state)
         line = f"resuming {run_dir} at step {state.step}" if resumed else ""
         if cfg.init["from"] and not resumed:
-            line = transplant(run.model, cfg, data.train.header.fingerprint)
+            line = transplant(state.model, cfg, data.train.header.fingerprint)
         if rank() == 0:
             save_config(cfg, run_dir / "config.yaml")
             save_tokenizer(run.data.tokenizer, run_dir / "tokenizer.json")
-        introduce(run)
+        introduce(run, state.model)
         if line:
             screen.say(line, style="green")
         log = RunLog(run_dir, cfg, keep_until=state.step if resumed else -1)
@@ -111,7 +96,7 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
             run_steps(run, state, log)
             if rank() > 0:
                 return {}  # the first process has the files
-            sample = sample_text(run)
+            sample = sample_text(run, state.model)
             log.sample(state.step, sample)
             summary = summarise(run, state)
             log.summary(summary)
@@ -128,10 +113,10 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
         return summary
 
 
-def sample_text(run: Run) -> str:
+def sample_text(run: Run, model: GPT) -> str:
     """What the model writes after a line's end."""
     pieces = generate(
-        run.model, run.data.tokenizer, "\n", max_new_tokens=200, temperature=0.6, seed=run.cfg.seed
+        model, run.data.tokenizer, "\n", max_new_tokens=200, temperature=0.6, seed=run.cfg.seed
     )
     return "".join(pieces)
 
@@ -186,7 +171,7 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
     if source:
         setting["init.from"] = source
     state = TrainState(0, model, make_optimizer(model, cfg.optim), setting)
-    return Run(cfg, run_dir, device, data, model, sight, screen), state
+    return Run(cfg, run_dir, device, data, sight, screen), state
 
 
 def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
@@ -199,7 +184,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
     batches = TrainBatches(run.data.train.ids, t.batch_size, t.grad_accum, block_size, cfg.seed)
     val = ValBatches(run.data.val.ids, t.batch_size, block_size, t.eval_tokens)
     bytes_of = torch.tensor(token_bytes(run.data.tokenizer), device=device)
-    model: nn.Module = run.model
+    model: nn.Module = state.model
     if world_size() > 1:
         with warnings.catch_warnings():  # torch 2.13 has another name for it, 2.11 has not
             warnings.simplefilter("ignore", FutureWarning)
@@ -213,7 +198,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
     unread: list[Row] = []
 
     def evaluate_and_log() -> None:
-        result = evaluate(run.model, val, bytes_of, device, cfg.dtype)
+        result = evaluate(state.model, val, bytes_of, device, cfg.dtype)
         log.metrics(state.step, **result)
         run.screen.evaluation(state.step, result)
         if not math.isfinite(result["val_loss"]):
@@ -228,8 +213,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             counting = t.stats_every > 0 and (step == 1 or step % t.stats_every == 0)
             # Statistics hook into the model as it is written, not as it is compiled.
             forward = model if counting else compiled
-            row, record = update(run, state, forward, batches, step, counting)
-            state.step = step
+            row, record = update(cfg, state, forward, batches, device, counting)
             unread.append(row)
 
             evaluating = step % t.eval_every == 0 or step == t.steps
@@ -246,7 +230,14 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             for values in rows:
                 log.metrics(**values, **leaky, tokens_per_s=round(speed, 1))
             run.screen.steps_done(step, rows[-1]["loss"], speed)
-            stop_if_diverged(run, state, rows, batches)
+            if not is_finite(rows[-1]):
+                state.step = rows[-1]["step"]
+                site = where_not_finite(cfg, state, batches, device)
+                raise Diverged(
+                    f"diverged at step {state.step}: loss {rows[-1]['loss']}, gradient norm "
+                    f"{rows[-1]['grad_norm']}, {site}; what {run.dir} has of checkpoints is from "
+                    "before. Try a smaller optim.lr or another norm"
+                )
             if counting:
                 log.stats(step, stats.table(record))
             if evaluating:
@@ -261,106 +252,9 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
 
 
-def update(
-    run: Run,
-    state: TrainState,
-    forward: nn.Module,
-    batches: TrainBatches,
-    step: int,
-    counting: bool,
-) -> tuple[Row, stats.Record]:
-    """One optimizer step on the mean loss of its micro-batches.
-
-    The loss and the gradient's norm before clipping; and, if `counting`, the statistics of the
-    first micro-batch. Where either is NaN or infinite the weights stay as they are.
-    """
-    cfg, optimizer = run.cfg, state.optimizer
-    accum = cfg.train.grad_accum
-    losses: list[Tensor] = []
-    record: stats.Record = {}
-    begin_step(run.model, step, cfg.train.steps)
-    torch.manual_seed(stream_seed(cfg.seed, f"dropout/{step}/{rank()}"))  # nothing else draws
-    for x, y in batches.at(step, run.device):
-        watching: AbstractContextManager[None] = nullcontext()
-        if counting and not losses:
-            watching = stats.collect(run.model, run.model.places(), record, accum)
-        with watching, gradients_stay(forward, len(losses) < accum - 1):
-            with autocast(run.device, cfg.dtype):
-                _, loss = forward(x, y)
-            ((loss + penalties(run.model)) / accum).backward()
-        losses.append(loss.detach())
-    loss = mean_over_processes(torch.stack(losses).mean())
-    with stats.watch_update(run.model, record) if counting else nullcontext():
-        limit = cfg.optim.grad_clip or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        lr = lr_at(step, cfg.train.steps, cfg.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if optimizer.defaults["fused"]:
-            skip = (~finite).float()  # without waiting
-            optimizer.found_inf = skip  # type: ignore[attr-defined]
-            optimizer.step()
-        elif finite:
-            optimizer.step()
-    optimizer.zero_grad()
-    commit(run.model)
-    return Row(step, lr, loss, grad_norm), record
-
-
-def gradients_stay(forward: nn.Module, more_to_come: bool) -> AbstractContextManager[None]:
-    """Inside, processes do not exchange gradients yet: further micro-batches will add to them."""
-    no_sync: Callable[[], AbstractContextManager[None]] = getattr(forward, "no_sync", nullcontext)
-    return no_sync() if more_to_come else nullcontext()
-
-
-def read(rows: list[Row]) -> list[dict[str, Any]]:
-    """The numbers of several steps in one transfer, to the first that are not finite."""
-    numbers = torch.stack([torch.stack([row.loss, row.grad_norm]) for row in rows]).tolist()
-    result = []
-    for row, (loss, grad_norm) in zip(rows, numbers, strict=True):
-        result.append({"step": row.step, "loss": loss, "grad_norm": grad_norm, "lr": row.lr})
-        if not finite(result[-1]):
-            break
-    return result
-
-
-def finite(row: dict[str, Any]) -> bool:
-    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-
-
-def stop_if_diverged(
-    run: Run, state: TrainState, rows: list[dict[str, Any]], batches: TrainBatches
-) -> None:
-    """Raise Diverged where the last row is not finite, naming the site where it shows first."""
-    last = rows[-1]
-    if finite(last):
-        return
-    state.step = last["step"]
-    site = "only in the backward pass"
-    torch.manual_seed(stream_seed(run.cfg.seed, f"dropout/{state.step}/{rank()}"))
-    for x, y in batches.at(state.step, run.device):
-        record: stats.Record = {}
-        with (
-            torch.no_grad(),
-            autocast(run.device, run.cfg.dtype),
-            stats.collect(run.model, run.model.places(), record),
-        ):
-            run.model(x, y)
-        found = [f for f in from_all_processes(stats.first_nonfinite(record)) if f]
-        if found:
-            site = f"first in {found[0]}"
-            break
-    raise Diverged(
-        f"diverged at step {state.step}: loss {last['loss']}, gradient norm "
-        f"{last['grad_norm']}, {site}; what {run.dir} has of "
-        "checkpoints is from before. Try a smaller optim.lr or another norm"
-    )
-
-
-def introduce(run: Run) -> None:
+def introduce(run: Run, model: GPT) -> None:
     cfg, header = run.cfg, run.data.train.header
-    parameters = sum(p.numel() for p in run.model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     run.screen.say(
         f"norm={cfg.norm['name']} placement={cfg.placement.name} on {run.device}: "
         f"{parameters:,} parameters, {header.n_bytes:,} bytes of {cfg.data.name} as "
@@ -372,7 +266,7 @@ def introduce(run: Run) -> None:
         )
     for line in run.sight.lines():
         run.screen.say(line, style="yellow")
-    if cfg.train.batch_size == 1 and any("B" in norm.axes for norm in norms_of(run.model)):
+    if cfg.train.batch_size == 1 and any("B" in norm.axes for norm in norms_of(model)):
         run.screen.say("train.batch_size=1: the statistics are those of one sample", style="yellow")
 
 
@@ -402,7 +296,7 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
         "batch_size": t.batch_size,
         "seed": cfg.seed,
         "steps": state.step,
-        "params": sum(p.numel() for p in run.model.parameters()),
+        "params": sum(p.numel() for p in state.model.parameters()),
         "tokens": tokens,
         # The first steps may compile, those with statistics take longer.
         "tokens_per_s": median([r["tokens_per_s"] for r in rows if "tokens_per_s" in r] or [0.0]),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +20,8 @@ from gpt.config import register_schemas, typed
 from gpt.data import TrainBatches, prepare
 from gpt.screen import Screen
 from gpt.stats import table
-from gpt.trainer import set_up, update
+from gpt.step import update
+from gpt.trainer import set_up
 
 STEPS = 20
 
@@ -37,11 +37,10 @@ def main() -> None:
         batches = TrainBatches(
             data.train.ids, t.batch_size, t.grad_accum, cfg.model.block_size, cfg.seed
         )
-        steps = count(1)
 
         def seconds(counting: bool) -> float:
             start = time.perf_counter()
-            row, record = update(run, state, run.model, batches, next(steps), counting)
+            row, record = update(cfg, state, state.model, batches, run.device, counting)
             if counting:
                 table(record)
             row.loss.item()  # waits for the device

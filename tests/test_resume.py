@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt import checkpoint, trainer
+from gpt import checkpoint, step, trainer
 from gpt.config import Config
 from gpt.errors import ConfigError, Locked
 from gpt.run_dir import locked
@@ -91,9 +91,9 @@ def test_a_resume_that_loses_any_state_gives_another_curve(
     run_dir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     rewind(run_dir, corpus)
     if lost == "dropout":
-        stream_seed = trainer.stream_seed
+        stream_seed = step.stream_seed
         moved = lambda seed, name: stream_seed(seed + name.startswith("dropout"), name)  # noqa: E731
-        monkeypatch.setattr(trainer, "stream_seed", moved)
+        monkeypatch.setattr(step, "stream_seed", moved)
     elif lost == "optimizer":
         monkeypatch.setattr(checkpoint, "load_optimizer", lambda *args: None)
     else:

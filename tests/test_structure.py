@@ -22,7 +22,7 @@ NORMS = [f"norms.{p.stem}" for p in (REPO / "gpt/norms").glob("[a-z]*.py") if p.
 NORMS = [name for name in NORMS if name not in (*BASES, "norms.repbn")]
 LAYERS = [
     ["trainer"],
-    ["report", "pictures", "generate", "surgery", "cards", "sweep"],
+    ["report", "pictures", "generate", "step", "surgery", "cards", "sweep"],
     ["findings"],
     ["cells"],
     ["checkpoint", "run_dir", "screen", "results"],

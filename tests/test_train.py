@@ -15,7 +15,8 @@ from gpt.config import Config
 from gpt.device import peak_memory, reset_peak_memory
 from gpt.errors import ConfigError, Diverged
 from gpt.norms.registry import NORMS
-from gpt.trainer import Row, read, train
+from gpt.step import Row, read, update
+from gpt.trainer import train
 from tests.conftest import curve, read_rows
 from tests.programs import REPO, run_program
 
@@ -202,17 +203,18 @@ def test_a_step_that_is_not_finite_changes_no_weight(
     if not fused:
         for group in state.optimizer.param_groups:
             group["fused"] = False
-    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    model = state.model
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     batches = trainer.TrainBatches(run.data.train.ids, 4, 1, 32, 0)
 
     def infinite(x: torch.Tensor, y: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, run.model(x, y)[1] * float("inf")
+        return None, model(x, y)[1] * float("inf")
 
-    trainer.update(run, state, infinite, batches, 3, counting=False)  # type: ignore[arg-type]
-    assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
-    trainer.update(run, state, run.model, batches, 3, counting=False)
-    assert not torch.equal(run.model.wte.weight, before["wte.weight"])
-    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+    update(cfg, state, infinite, batches, run.device, counting=False)  # type: ignore[arg-type]
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    update(cfg, state, model, batches, run.device, counting=False)
+    assert not torch.equal(model.wte.weight, before["wte.weight"])
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_an_exploding_learning_rate_exits_17_in_one_line(corpus: Path, tmp_path: Path) -> None:

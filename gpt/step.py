@@ -1,0 +1,130 @@
+"""One training step: forward, backward, update; and what it was that was not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt import stats
+from gpt.checkpoint import TrainState
+from gpt.config import Config
+from gpt.data import TrainBatches
+from gpt.device import autocast
+from gpt.distributed import from_all_processes, mean_over_processes, rank
+from gpt.norms.registry import begin_step, commit, penalties
+from gpt.optim import lr_at
+from gpt.seeds import stream_seed
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step's numbers, still on the device."""
+
+    step: int
+    lr: float
+    loss: Tensor
+    grad_norm: Tensor
+
+
+def update(
+    cfg: Config,
+    state: TrainState,
+    forward: nn.Module,
+    batches: TrainBatches,
+    device: torch.device,
+    counting: bool,
+) -> tuple[Row, stats.Record]:
+    """The step after `state.step`, on the mean loss of its micro-batches.
+
+    The loss and the gradient's norm before clipping; and, if `counting`, the statistics of the
+    first micro-batch. Where either is NaN or infinite the weights stay as they are.
+
+    forward  the model, or what compiles it or shares its gradients
+    """
+    model, optimizer, step = state.model, state.optimizer, state.step + 1
+    accum = cfg.train.grad_accum
+    losses: list[Tensor] = []
+    record: stats.Record = {}
+    begin_step(model, step, cfg.train.steps)
+    seed_dropout(cfg, step)
+    for x, y in batches.at(step, device):
+        watching: AbstractContextManager[None] = nullcontext()
+        if counting and not losses:
+            watching = stats.collect(model, model.places(), record, accum)
+        with watching, gradients_stay(forward, len(losses) < accum - 1):
+            with autocast(device, cfg.dtype):
+                _, loss = forward(x, y)
+            ((loss + penalties(model)) / accum).backward()
+        losses.append(loss.detach())
+    loss = mean_over_processes(torch.stack(losses).mean())
+    with stats.watch_update(model, record) if counting else nullcontext():
+        limit = cfg.optim.grad_clip or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+        both_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        lr = lr_at(step, cfg.train.steps, cfg.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if optimizer.defaults["fused"]:
+            skip = (~both_finite).float()  # without waiting
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            optimizer.step()
+        elif both_finite:
+            optimizer.step()
+    optimizer.zero_grad()
+    commit(model)
+    state.step = step
+    return Row(step, lr, loss, grad_norm), record
+
+
+def seed_dropout(cfg: Config, step: int) -> None:
+    """Dropout follows from the seed, the step and the process; nothing else draws in a step."""
+    torch.manual_seed(stream_seed(cfg.seed, f"dropout/{step}/{rank()}"))
+
+
+def gradients_stay(forward: nn.Module, more_to_come: bool) -> AbstractContextManager[None]:
+    """Inside, processes do not exchange gradients yet: further micro-batches will add to them."""
+    no_sync: Callable[[], AbstractContextManager[None]] = getattr(forward, "no_sync", nullcontext)
+    return no_sync() if more_to_come else nullcontext()
+
+
+def read(rows: list[Row]) -> list[dict[str, Any]]:
+    """The numbers of several steps in one transfer, to the first that are not finite."""
+    numbers = torch.stack([torch.stack([row.loss, row.grad_norm]) for row in rows]).tolist()
+    result = []
+    for row, (loss, grad_norm) in zip(rows, numbers, strict=True):
+        result.append({"step": row.step, "loss": loss, "grad_norm": grad_norm, "lr": row.lr})
+        if not is_finite(result[-1]):
+            break
+    return result
+
+
+def is_finite(row: dict[str, Any]) -> bool:
+    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+
+
+@torch.no_grad()
+def where_not_finite(
+    cfg: Config, state: TrainState, batches: TrainBatches, device: torch.device
+) -> str:
+    """The first site in the forward pass of step `state.step` that is not finite, on any process.
+
+    The step is taken again, with the weights that it left as they were.
+    """
+    seed_dropout(cfg, state.step)
+    for x, y in batches.at(state.step, device):
+        record: stats.Record = {}
+        with (
+            autocast(device, cfg.dtype),
+            stats.collect(state.model, state.model.places(), record),
+        ):
+            state.model(x, y)
+        for site in from_all_processes(stats.first_nonfinite(record)):
+            if site:
+                return f"first in {site}"
+    return "only in the backward pass"
