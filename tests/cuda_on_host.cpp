@@ -14,7 +14,7 @@
 #define __device__
 #define __global__
 #define __shared__ static  // blocks run one after the other
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 
 struct Index { unsigned x, y, z; };
 static Index threadIdx, blockIdx, gridDim;
@@ -144,11 +144,13 @@ void backward(unsigned grid_x, unsigned grid_y, unsigned threads, const Y_T* dy,
         layer_norm_backward(dy, dstream, x, weight, mean, rstd, dx, dbranch, partial, n_rows);
     });
 }
+#if !CACHED
 void columns(unsigned grid_x, unsigned grid_y, unsigned threads, const Y_T* dy, const X_T* x,
              const float* mean, const float* rstd, float* partial, i64 n_rows) {
     launch({grid_x, grid_y, 1}, threads,
            [=] { layer_norm_columns(dy, x, mean, rstd, partial, n_rows); });
 }
+#endif
 void finalise(unsigned grid_x, unsigned grid_y, unsigned threads, const float* partial, W_T* dweight,
               W_T* dbias, int n_partial) {
     launch({grid_x, grid_y, 1}, threads,

@@ -3,7 +3,9 @@
 // Compiled at run time, once for each combination of these macros; needs no header:
 //   C                   features a row
 //   VEC                 elements an access: 1, 2, 4 or 8; divides C, and every pointer is aligned to it
-//   THREADS             threads a row (a multiple of 32), ROWS rows a block (1 unless THREADS is 32)
+//   THREADS             threads a row, a multiple of 32
+//   ROWS                rows a block at a time; in forward 1 unless THREADS is 32
+//   BLOCKS              blocks that a multiprocessor must have registers for at once
 //   CACHED              1: a thread holds its part of the row in registers; 0: it reads it again
 //   X_T B_T Y_T W_T     float, bf16 or fp16: the stream, the branch, the output, the weights
 //   BRANCH BIAS         1 where there is a branch to add (in backward, a gradient of the stream), a bias
@@ -36,19 +38,30 @@ __device__ inline float to_float(fp16 v) { return half_to_float(v.bits); }
 __device__ inline void from_float(float f, float& v) { v = f; }
 __device__ inline void from_float(float f, fp16& v) { v.bits = float_to_half(f); }
 __device__ inline void from_float(float f, bf16& v) {  // to nearest even; a NaN stays one
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v.bits) : "f"(f));
+#else
     const unsigned u = __float_as_uint(f);
     v.bits = f != f ? 0x7fff : (unsigned short)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+#endif
 }
 
 template <typename T>
 struct alignas(sizeof(T) * VEC < 16 ? sizeof(T) * VEC : 16) Pack { T v[VEC]; };
 
-// VEC elements at p as floats, and back.
+// VEC elements at p, as they are or as floats; and back.
 template <typename T>
-__device__ inline void load(const T* p, float (&v)[VEC]) {
-    Pack<T> pack = *reinterpret_cast<const Pack<T>*>(p);
+__device__ inline Pack<T> pack(const T* p) {
+    return *reinterpret_cast<const Pack<T>*>(p);
+}
+template <typename T>
+__device__ inline void unpack(const Pack<T>& pack, float (&v)[VEC]) {
 #pragma unroll
     for (int i = 0; i < VEC; i++) v[i] = to_float(pack.v[i]);
+}
+template <typename T>
+__device__ inline void load(const T* p, float (&v)[VEC]) {
+    unpack(pack(p), v);
 }
 template <typename T>
 __device__ inline void store(T* p, const float (&v)[VEC]) {
@@ -68,8 +81,9 @@ __device__ inline void row_sum(float& a, float& b, float (*shared)[2]) {
     }
     if (WARPS == 1) return;
     if (threadIdx.x % 32 == 0) {
-        shared[threadIdx.x / 32][0] = a;
-        shared[threadIdx.x / 32][1] = b;
+        const int warp = threadIdx.x % THREADS / 32;
+        shared[warp][0] = a;
+        shared[warp][1] = b;
     }
     __syncthreads();
     a = b = 0.0f;
@@ -82,17 +96,17 @@ __device__ inline void row_sum(float& a, float& b, float (*shared)[2]) {
 
 constexpr int STEPS = (C + THREADS * VEC - 1) / (THREADS * VEC);  // accesses of a thread to a row
 constexpr int HELD = CACHED ? STEPS : 1;
-constexpr int UNROLL = CACHED ? STEPS : 1;
-// The first element of access s, and whether there is one: the last access may reach past the row.
+constexpr int UNROLL = CACHED ? STEPS : 4;
+// The first element of each access, and where it is held; the last access may reach past the row.
 #define EACH_ACCESS                                              \
     _Pragma("unroll UNROLL") for (int s = 0; s < STEPS; s++)     \
-        if (const int c = (s * THREADS + lane) * VEC; c < C)
+        if (const int c = (s * THREADS + lane) * VEC, h = CACHED ? s : 0; c < C)
 
 #if FORWARD
 
 // stream = x + branch, rounded to X_T; y = weight (stream − mean) rstd + bias.
 // One row for each THREADS threads; x, branch, y, stream (n_rows, C), mean and rstd (n_rows).
-extern "C" __global__ void __launch_bounds__(THREADS * ROWS) layer_norm_forward(
+extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_forward(
     const X_T* x, const B_T* branch, const W_T* weight, const W_T* bias, Y_T* y, X_T* stream,
     float* mean, float* rstd, i64 n_rows, float eps) {
     __shared__ float shared[2][WARPS][2];
@@ -105,38 +119,45 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS) layer_norm_forward(
         branch += row * C;
         stream += row * C;
     }
-    float held[HELD][VEC];
+    Pack<X_T> from_x[HELD];
+    Pack<B_T> from_branch[HELD];
+    const auto read = [&](int c, int h) {
+        from_x[h] = pack(x + c);
+        if (BRANCH) from_branch[h] = pack(branch + c);
+    };
+    if (CACHED) {  // all of the row is on its way before the first of it is used
+        EACH_ACCESS read(c, h);
+    }
+    float v[HELD][VEC];
     float sum = 0.0f, unused = 0.0f;
     EACH_ACCESS {
-        float(&v)[VEC] = held[CACHED ? s : 0];
-        load(x + c, v);
+        if (!CACHED) read(c, h);
+        unpack(from_x[h], v[h]);
         if (BRANCH) {
             float b[VEC];
-            load(branch + c, b);
+            unpack(from_branch[h], b);
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
                 X_T rounded;  // what backward will read is what is normalised here
-                from_float(v[i] + b[i], rounded);
-                v[i] = to_float(rounded);
+                from_float(v[h][i] + b[i], rounded);
+                v[h][i] = to_float(rounded);
             }
-            store(stream + c, v);
+            store(stream + c, v[h]);
         }
 #pragma unroll
-        for (int i = 0; i < VEC; i++) sum += v[i];
+        for (int i = 0; i < VEC; i++) sum += v[h][i];
     }
     row_sum(sum, unused, shared[0]);
     const X_T* again = BRANCH ? stream : x;
     const float rough = sum / C;
     float square = 0.0f, rest = 0.0f;
     EACH_ACCESS {
-        float(&v)[VEC] = held[CACHED ? s : 0];
-        if (!CACHED) load(again + c, v);
+        if (!CACHED) load(again + c, v[h]);
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
-            const float d = v[i] - rough;
-            rest += d;
-            square += d * d;
-            if (CACHED) v[i] = d;
+            v[h][i] -= rough;
+            rest += v[h][i];
+            square += v[h][i] * v[h][i];
         }
     }
     row_sum(square, rest, shared[1]);
@@ -144,11 +165,10 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS) layer_norm_forward(
     const float variance = fmaxf(square / C - shift * shift, 0.0f);
     const float scale = 1.0f / sqrtf(variance + eps);
     EACH_ACCESS {
-        float(&v)[VEC] = held[CACHED ? s : 0];
         if (!CACHED) {
-            load(again + c, v);
+            load(again + c, v[h]);
 #pragma unroll
-            for (int i = 0; i < VEC; i++) v[i] -= rough;
+            for (int i = 0; i < VEC; i++) v[h][i] -= rough;
         }
         float w[VEC], b[VEC];
         load(weight + c, w);
@@ -156,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS) layer_norm_forward(
         float out[VEC];
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
-            out[i] = (v[i] - shift) * scale * w[i] + (BIAS ? b[i] : 0.0f);
+            out[i] = (v[h][i] - shift) * scale * w[i] + (BIAS ? b[i] : 0.0f);
         }
         store(y + c, out);
     }
@@ -170,77 +190,129 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS) layer_norm_forward(
 
 // dx = rstd (g − mean(g) − x̂ mean(g x̂)) + dstream, where g = dy weight and x̂ = (x − mean) rstd;
 // dbranch is the same, rounded to the branch's type, unless it is null.
-// Persistent: block b takes rows b, b + gridDim.x, … and, where CACHED, leaves its share of
-// Σ dy x̂ and Σ dy in partial[b][0] and partial[b][1], (gridDim.x, 2, C) in fp32.
-extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
+
+#if CACHED
+
+// Persistent: block b takes ROWS rows at a time, b·ROWS, (b + gridDim.x)·ROWS, … and leaves its
+// share of Σ dy x̂ and Σ dy in partial[b][0] and partial[b][1], (gridDim.x, 2, C) in fp32.
+extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_backward(
     const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight, const float* mean,
     const float* rstd, X_T* dx, B_T* dbranch, float* partial, i64 n_rows) {
-    __shared__ float shared[2][WARPS][2];
-    const int lane = threadIdx.x;
-    float dgamma[HELD][VEC] = {}, dbeta[HELD][VEC] = {}, w[HELD][VEC];
-    if (CACHED) {
-        EACH_ACCESS load(weight + c, w[CACHED ? s : 0]);
-    }
+    __shared__ float shared[2][ROWS][WARPS][2];
+    alignas(16) __shared__ float sums[ROWS > 1 ? 2 * C : 1];
+    const int lane = threadIdx.x % THREADS, group = threadIdx.x / THREADS;
+    float dgamma[HELD][VEC] = {}, dbeta[HELD][VEC] = {};
+    const int stride = gridDim.x * ROWS;
     int turn = 0;  // two buffers, so that one barrier a row is enough
-    for (i64 row = blockIdx.x; row < n_rows; row += gridDim.x, turn ^= 1) {
-        const float mu = mean[row], scale = rstd[row];
+    for (i64 first = (i64)blockIdx.x * ROWS; first < n_rows; first += stride, turn ^= 1) {
+        const i64 row = first + group;
+        const bool is_row = row < n_rows;  // the last rows may be fewer than ROWS
+        const float mu = is_row ? mean[row] : 0.0f, scale = is_row ? rstd[row] : 0.0f;
         float x_hat[HELD][VEC], g[HELD][VEC];
+        Pack<X_T> more[HELD];
         float sum_g = 0.0f, sum_gx = 0.0f;
-        EACH_ACCESS {
-            const int h = CACHED ? s : 0;
-            load(x + row * C + c, x_hat[h]);
-            load(dy + row * C + c, g[h]);
-            if (!CACHED) load(weight + c, w[h]);
+        if (is_row) {
+            EACH_ACCESS {
+                load(x + row * C + c, x_hat[h]);
+                load(dy + row * C + c, g[h]);
+                if (BRANCH) more[h] = pack(dstream + row * C + c);  // else its wait came after
+            }
+            EACH_ACCESS {
+                float w[VEC];
+                load(weight + c, w);  // out of the cache: there is no register left to keep it
 #pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                x_hat[h][i] = (x_hat[h][i] - mu) * scale;
-                if (CACHED) {
+                for (int i = 0; i < VEC; i++) {
+                    x_hat[h][i] = (x_hat[h][i] - mu) * scale;
                     dgamma[h][i] += g[h][i] * x_hat[h][i];
                     dbeta[h][i] += g[h][i];
+                    g[h][i] *= w[i];
+                    sum_g += g[h][i];
+                    sum_gx += g[h][i] * x_hat[h][i];
                 }
-                g[h][i] *= w[h][i];
-                sum_g += g[h][i];
-                sum_gx += g[h][i] * x_hat[h][i];
+            }
+        }
+        row_sum(sum_g, sum_gx, shared[turn][group]);
+        const float mean_g = sum_g / C, mean_gx = sum_gx / C;
+        if (is_row) EACH_ACCESS {
+            float out[VEC], add[VEC];
+            if (BRANCH) unpack(more[h], add);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                out[i] = scale * (g[h][i] - mean_g - x_hat[h][i] * mean_gx);
+                if (BRANCH) out[i] += add[i];
+            }
+            store(dx + row * C + c, out);
+            if (dbranch) store(dbranch + row * C + c, out);
+        }
+    }
+    // The groups of the block one after the other, so that the order is always the same.
+    partial += (i64)blockIdx.x * 2 * C;
+    for (int next = 0; next < ROWS; next++) {
+        if (group == next) EACH_ACCESS {
+            if (next > 0) {
+#pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    dgamma[h][i] += sums[c + i];
+                    dbeta[h][i] += sums[C + c + i];
+                }
+            }
+            float* to = next < ROWS - 1 ? sums : partial;
+            store(to + c, dgamma[h]);
+            store(to + C + c, dbeta[h]);
+        }
+        if (ROWS > 1) __syncthreads();
+    }
+}
+
+#else
+
+// Rows too long for registers are read twice, a row a block at a time.
+extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
+    const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight, const float* mean,
+    const float* rstd, X_T* dx, B_T* dbranch, float*, i64 n_rows) {
+    __shared__ float shared[2][WARPS][2];
+    const int lane = threadIdx.x;
+    int turn = 0;
+    for (i64 row = blockIdx.x; row < n_rows; row += gridDim.x, turn ^= 1) {
+        const float mu = mean[row], scale = rstd[row];
+        float x_hat[VEC], g[VEC], w[VEC];
+        const auto read = [&](int c) {
+            load(x + row * C + c, x_hat);
+            load(dy + row * C + c, g);
+            load(weight + c, w);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                x_hat[i] = (x_hat[i] - mu) * scale;
+                g[i] *= w[i];
+            }
+        };
+        float sum_g = 0.0f, sum_gx = 0.0f;
+        EACH_ACCESS {
+            read(c);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) {
+                sum_g += g[i];
+                sum_gx += g[i] * x_hat[i];
             }
         }
         row_sum(sum_g, sum_gx, shared[turn]);
         const float mean_g = sum_g / C, mean_gx = sum_gx / C;
         EACH_ACCESS {
-            const int h = CACHED ? s : 0;
-            if (!CACHED) {
-                load(x + row * C + c, x_hat[h]);
-                load(dy + row * C + c, g[h]);
-                load(weight + c, w[h]);
-#pragma unroll
-                for (int i = 0; i < VEC; i++) {
-                    x_hat[h][i] = (x_hat[h][i] - mu) * scale;
-                    g[h][i] *= w[h][i];
-                }
-            }
+            read(c);
             float out[VEC], more[VEC];
             if (BRANCH) load(dstream + row * C + c, more);
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                out[i] = scale * (g[h][i] - mean_g - x_hat[h][i] * mean_gx);
+                out[i] = scale * (g[i] - mean_g - x_hat[i] * mean_gx);
                 if (BRANCH) out[i] += more[i];
             }
             store(dx + row * C + c, out);
             if (dbranch) store(dbranch + row * C + c, out);
         }
     }
-    if (CACHED) {
-        partial += (i64)blockIdx.x * 2 * C;
-        EACH_ACCESS {
-#pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                partial[c + i] = dgamma[CACHED ? s : 0][i];
-                partial[C + c + i] = dbeta[CACHED ? s : 0][i];
-            }
-        }
-    }
 }
 
-// Rows too long for registers: partial[b] from rows b·chunk to (b + 1)·chunk, a thread a column.
+// And their partial sums: partial[b] from rows b·chunk to (b + 1)·chunk, a thread a column.
 extern "C" __global__ void __launch_bounds__(256) layer_norm_columns(
     const Y_T* dy, const X_T* x, const float* mean, const float* rstd, float* partial, i64 n_rows) {
     const i64 c = (i64)blockIdx.x * 256 + threadIdx.x;
@@ -257,21 +329,25 @@ extern "C" __global__ void __launch_bounds__(256) layer_norm_columns(
     partial[(i64)blockIdx.y * 2 * C + C + c] = dbeta;
 }
 
+#endif
+
 // dweight and dbias from n_partial rows of partial sums, always in the same order: 32 columns a
-// block, 8 threads a column.
-extern "C" __global__ void __launch_bounds__(256) layer_norm_finalise(
+// block, 32 threads a column.
+extern "C" __global__ void __launch_bounds__(1024) layer_norm_finalise(
     const float* partial, W_T* dweight, W_T* dbias, int n_partial) {
-    __shared__ float shared[8][32];
-    const int column = blockIdx.x * 32 + threadIdx.x % 32, part = threadIdx.x / 32;
+    __shared__ float shared[32][33];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float sum = 0.0f;
-    if (column < 2 * C) {
-        for (int p = part; p < n_partial; p += 8) sum += partial[(i64)p * 2 * C + column];
+    if (const int column = blockIdx.x * 32 + lane; column < 2 * C) {
+#pragma unroll 8
+        for (int p = warp; p < n_partial; p += 32) sum += partial[(i64)p * 2 * C + column];
     }
-    shared[part][threadIdx.x % 32] = sum;
+    shared[warp][lane] = sum;
     __syncthreads();
-    if (part == 0 && column < 2 * C) {
+    sum = shared[lane][warp];  // now a warp has a column's
 #pragma unroll
-        for (int i = 1; i < 8; i++) sum += shared[i][threadIdx.x];
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (const int column = blockIdx.x * 32 + warp; lane == 0 && column < 2 * C) {
         if (column < C) {
             from_float(sum, dweight[column]);
         } else if (BIAS) {

@@ -23,6 +23,9 @@ SOURCE = (Path(__file__).parent / "layer_norm.cu").read_text()
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 HELD = 32  # floats of a row that a thread holds; past that it spills or stalls the multiprocessor
 HELD_BY_A_WARP = 56  # a warp that has a row for itself needs no barrier, which pays for more
+# Threads of a backward block at most: with two blocks a multiprocessor has 64 registers a thread,
+# enough for 8 floats of a row with their gradients and sums; with one 128, enough for 16.
+BLOCK = 512
 
 
 class Plan(NamedTuple):
@@ -32,6 +35,7 @@ class Plan(NamedTuple):
     VEC: int
     THREADS: int
     ROWS: int
+    BLOCKS: int
     CACHED: bool
     X_T: torch.dtype
     B_T: torch.dtype
@@ -68,26 +72,27 @@ class Kind(NamedTuple):
             vec //= 2
         return vec
 
-    def plan(self, threads: int, rows: int, cached: bool, forward: bool) -> Plan:
+    def plan(self, threads: int, rows: int, blocks: int, cached: bool, forward: bool) -> Plan:
         types = (self.X_T, self.B_T, self.Y_T, self.W_T)
         flags = (self.BRANCH, self.BIAS, forward)
-        return Plan(self.C, self.vec(), threads, rows, cached, *types, *flags)
+        return Plan(self.C, self.vec(), threads, rows, blocks, cached, *types, *flags)
 
     def forward(self) -> Plan:
         """A warp a row where that fits, else as few warps as do; past them rows are read again."""
         for threads in (32, 64, 128, 256, 512):
             held = -(-self.C // (threads * self.vec())) * self.vec()
             if held <= (HELD_BY_A_WARP if threads == 32 else HELD):
-                return self.plan(threads, 4 if threads == 32 else 1, True, forward=True)
-        return self.plan(512, 1, False, forward=True)
+                return self.plan(threads, 4 if threads == 32 else 1, 1, True, forward=True)
+        return self.plan(512, 1, 1, False, forward=True)
 
     def backward(self) -> Plan:
-        """At most 256 threads a row, each with as many accesses as the next, to the last warp."""
-        accesses = self.C // self.vec()
-        steps = -(-accesses // 256)
-        if steps * self.vec() > HELD:
-            return self.plan(256, 1, False, forward=False)
-        return self.plan(-(-accesses // (steps * 32)) * 32, 1, True, forward=False)
+        """8 floats a thread, or 16, and as many rows as a block has threads for; past them rows
+        are read again."""
+        for held, blocks in ((8, 2), (16, 1)):
+            threads = -(-self.C // (held * 32)) * 32
+            if threads <= BLOCK:
+                return self.plan(threads, BLOCK // threads, blocks, True, forward=False)
+        return self.plan(BLOCK, 1, 2, False, forward=False)
 
 
 @cache
@@ -160,16 +165,14 @@ def backward_cuda(
     kind = kind_of(x, second, dy, weight, has_bias, (dstream, dx, second))
     kind = kind._replace(BRANCH=dstream is not None)
     plan = choose(kind, forward=False)
-    # Enough blocks to keep every multiprocessor busy, few enough that their partial sums, 16 bytes
-    # a feature and block, stay below a tenth of what the rows themselves cost.
-    busy = multiprocessors(x.device.index)
-    blocks = min(n_rows, max(busy, min(8 * busy, n_rows // 32)))
+    # As many as run at once: each goes on to further rows, and leaves partial sums only once.
+    blocks = min(-(-n_rows // plan.ROWS), plan.BLOCKS * multiprocessors(x.device.index))
     partial = x.new_empty(blocks, 2, C, dtype=torch.float32)
     launch(
         plan,
         "layer_norm_backward",
         (blocks, 1),
-        plan.THREADS,
+        plan.THREADS * plan.ROWS,
         (dy, dstream, x, weight, mean, rstd, dx, second, partial, n_rows),
     )
     if not plan.CACHED:
@@ -179,7 +182,7 @@ def backward_cuda(
         plan,
         "layer_norm_finalise",
         (-(-2 * C // 32), 1),
-        256,
+        1024,
         (partial, dweight, dbias, c_int(blocks)),
     )
     return dx, dbranch, dweight, dbias
