@@ -118,7 +118,9 @@ def drawing(when: str, axes: tuple[str, ...]) -> Iterator[str]:
             row = []
             for c in range(4):
                 place = {"B": b, "T": t, "C": c}
-                shared = all(place[axis] == here[axis] for axis in place if axis not in axes)
+                moved = {axis for axis in place if place[axis] != here[axis]}
+                # Rows and columns, as of prepbn, are two norms' and not one over both.
+                shared = moved <= set(axes) and not (moved > {"C"})
                 row.append("◆" if place == here else "■" if shared else "·")
             cells.append(" ".join(row))
         yield f"  token {t + 1}   {'     '.join(cells)}"
@@ -141,7 +143,7 @@ def worked_example(name: str) -> Iterator[str]:
     what = "samples of one token" if one_by_one else "tokens of one sample"
     yield f"three {what}, three features" + ", one group" * hasattr(norm, "groups")
     yield from rows(x.view(3, 3))
-    if cls.axes:
+    if cls.axes and set(cls.axes) != set(DIMS):
         dims = [DIMS[axis] for axis in cls.axes]
         mean, variance = x.mean(dims, keepdim=True), x.var(dims, unbiased=False, keepdim=True)
         yield f"over each {'row' if cls.axes == ('C',) else 'column'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,11 @@ class Sight:
 
     training: tuple[str, ...]
     evaluation: tuple[str, ...]
+
+    @property
+    def leaky(self) -> bool:
+        """Whether training is known to see what it must not."""
+        return bool({FUTURE, NEIGHBOURS} & set(self.training))
 
     def lines(self) -> list[str]:
         """For the console: what may not be compared, and why."""
@@ -39,7 +45,8 @@ class Sight:
 
 @torch.no_grad()
 def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int) -> Sight:
-    """Change the last token of one sample and look which other outputs change.
+    """Change one sample from some token on and look which other outputs change: from the last, from
+    the middle, and from the second, since a norm may look at a part of its sample alone.
 
     Once as at the first training step and once as at the last, since some norms change on the way;
     and with random weights, since initial ones may hide what training brings out (a γ or a branch
@@ -49,8 +56,6 @@ def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int) -> Sig
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(vocab_size, (3, min(block_size, 128)), generator=generator).to(device)
-    other = idx.clone()
-    other[0, -1] = (other[0, -1] + 1) % vocab_size
     kept = {name: tensor.clone() for name, tensor in tensors.items()}
     buffers = dict(model.named_buffers())
 
@@ -63,13 +68,16 @@ def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int) -> Sig
 
     def sight() -> tuple[str, ...]:
         found = set()
-        for step in (1, steps):
+        T = idx.shape[1]
+        for step, first in product((1, steps), {min(1, T - 1), T // 2, T - 1}):
+            other = idx.clone()
+            other[0, first:] = (other[0, first:] + 1) % vocab_size
             change = (output(idx, step) - output(other, step)).abs()
             if not bool(change.isfinite().all()):
                 found.add(UNKNOWN)
             # A change in rounding alone, which some devices' kernels may show, is no sight.
-            least = 1e-6 * change[0, -1].max()
-            places = {FUTURE: change[0, :-1], NEIGHBOURS: change[1:]}
+            least = 1e-6 * change[0, first:].max()
+            places = {FUTURE: change[0, :first], NEIGHBOURS: change[1:]}
             found |= {name for name, c in places.items() if c.numel() and bool((c > least).any())}
         return tuple(what for what in (FUTURE, NEIGHBOURS, UNKNOWN) if what in found)
 

@@ -21,6 +21,7 @@ from gpt.files import read_jsonl
 from gpt.results import distinguish, label, read_config
 
 Summary = dict[str, Any]
+UNITS = {"val_loss": "nats a token", "val_bpb": "bits a byte"}
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,13 @@ class Cell:
     """Runs that differ in their seed alone.
 
     traits: what tells it from other cells. rates: the learning rates that were tried, of which
-    `tuned` took its own.
+    `tuned` took its own. unit: the loss that compares with other cells', one of UNITS.
     """
 
     traits: dict[str, Any]
     runs: list[Summary]
     rates: tuple[float, ...] = ()
+    unit: str = "val_loss"
 
     @property
     def label(self) -> str:
@@ -81,9 +83,9 @@ class Cell:
 
     @property
     def losses(self) -> dict[int, float]:
-        """Validation loss by seed, of runs that came to an end."""
+        """Validation loss by seed, in its unit, of runs that came to an end."""
         good = [r for r in self.runs if "diverged_at" not in r and r["val_loss"] is not None]
-        return {r["seed"]: r["val_loss"] for r in good}
+        return {r["seed"]: r[self.unit] for r in good}
 
     @property
     def diverged(self) -> str:
@@ -94,11 +96,13 @@ class Cell:
 
 def make_cells(summaries: list[Summary]) -> list[Cell]:
     """Of runs that are equal in all, the seed too, one is taken, whatever its loss."""
+    texts = {(s["tokenizer"], s["corpus_sha256"]) for s in summaries}
+    unit = "val_bpb" if len(texts) > 1 else "val_loss"  # by which other tokenizers compare
     grouped: dict[str, Cell] = {}
     seen: set[tuple[str, int]] = set()
     pairs = zip(summaries, distinguish(summaries), strict=True)
     for summary, traits in sorted(pairs, key=lambda p: (p[0]["seed"], p[0]["run_dir"])):
-        cell = Cell(without(traits, "seed"), [])
+        cell = Cell(without(traits, "seed"), [], unit=unit)
         if (cell.label, summary["seed"]) not in seen:
             grouped.setdefault(cell.label, cell).runs.append(summary)
             seen.add((cell.label, summary["seed"]))

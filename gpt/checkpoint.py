@@ -27,6 +27,8 @@ from gpt.model import GPT
 from gpt.placement import build_model
 from gpt.tokenizer import load_tokenizer
 
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
 
 @dataclass
 class TrainState:
@@ -116,7 +118,13 @@ def load_model(
         raise DataError(f"{run_dir}/checkpoints: no such checkpoint is intact")
     tokenizer = load_tokenizer(run_dir / "tokenizer.json")
     model = build_model(load_config(run_dir / "config.yaml"), tokenizer.n_vocab)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except RuntimeError as error:  # other names or shapes
+        raise DataError(
+            f"{folder}: its weights are of another model than {run_dir}/config.yaml and "
+            "tokenizer.json are of; bring those back together"
+        ) from error
     return model.to(device).eval()
 
 
@@ -136,7 +144,7 @@ def is_valid(folder: Path) -> bool:
     """Whether every file is what the manifest says; a warning names what is not."""
     try:
         manifest = read_json(folder / "manifest.json")
-        damaged = [name for name, digest in manifest.items() if sha256(folder / name) != digest]
+        damaged = [name for name in FILES if sha256(folder / name) != manifest.get(name)]
     except (OSError, UserError) as error:
         damaged = [str(error)]
     if damaged:

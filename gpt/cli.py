@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
+from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -60,16 +62,20 @@ def one_line_errors(job: Job) -> Job:
 def run(app: Callable[[], None]) -> None:
     """Run a Hydra application; a mistake in its configuration is one line on stderr as well."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing
+    argparse.ArgumentParser.error = refuse_usage  # type: ignore[assignment, method-assign]
     try:
         app()
     except Failed as failed:
         sys.exit(failed.exit_code)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except SystemExit as exit_:  # argparse, which Hydra uses, has a code of its own for usage
-        sys.exit(UserError.exit_code if exit_.code == 2 else exit_.code)
     except Exception as error:
         sys.exit(tell(error))
+
+
+def refuse_usage(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In place of argparse's, Hydra's too: one line without the usage."""
+    raise UserError(f"{parser.prog}: {message}; see --help")
 
 
 def tell(error: Exception) -> int:

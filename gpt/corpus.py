@@ -174,7 +174,7 @@ def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Docu
     source: dict[str, Any] = {"path": path, "name": cfg.subset}
     if files:
         kind = KINDS[files[0].suffix.lower()]
-        source = {"path": kind, "data_files": [str(f) for f in files]}
+        source = {"path": kind, "data_files": [glob.escape(str(f)) for f in files]}
     try:
         splits = datasets.load_dataset(**source, streaming=cfg.streaming)
         val = next((name for name in ("validation", "test") if name in splits), None)
@@ -216,8 +216,10 @@ def local_files(path: str) -> list[Path]:
     """
     files: list[Path] = []
     missing: list[str] = []
-    for part in path.split(","):
-        found = [Path(p) for p in sorted(glob.glob(part))] or [Path(part)]
+    for part in [path] if Path(path).exists() else path.split(","):
+        found = [Path(part)]
+        if not found[0].exists():
+            found = [Path(p) for p in sorted(glob.glob(part))] or found
         if found[0].is_dir():
             found = sorted(f for f in found[0].rglob("*") if f.suffix.lower() in KINDS)
         found = [f for f in found if f.is_file()]

@@ -85,6 +85,10 @@ def on_any_process(flag: bool) -> bool:
     return any(from_all_processes(flag))
 
 
+def wait_for_all() -> None:
+    from_all_processes(None)
+
+
 class MeanOverProcesses(torch.autograd.Function):
     """The mean of a tensor over all processes, whose gradient is the mean of theirs."""
 

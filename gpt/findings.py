@@ -9,7 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from gpt.cells import Baseline, Cell, baseline, difference, in_order, interval, tuned
+from gpt.cells import UNITS, Baseline, Cell, baseline, difference, in_order, interval, tuned
 from gpt.files import flatten, read_jsonl
 
 MANY = 40  # cells with curves and heat maps of their own; tables and intervals have them all
@@ -43,7 +43,8 @@ def table(cells: list[Cell], versus: Baseline) -> list[dict[str, str]]:
         row = {"cell": cell.label, "seeds": f"{len(losses)} of {len(cell.runs)}"}
         if len(best) < len(cells):
             row["best learning rate"] = "yes" if cell.label in best else ""
-        row["val loss"] = show(*interval(losses.values())) if losses else ""
+        nats = [r["val_loss"] for r in cell.runs if r["seed"] in losses]
+        row["val loss"] = show(*interval(nats)) if nats else ""
         diverged = ", ".join(str(r["diverged_at"]) for r in cell.runs if "diverged_at" in r)
         if diverged:
             row["val loss"] += f"{' ' * bool(losses)}(diverged at step {diverged})"
@@ -79,7 +80,8 @@ def activations(cells: list[Cell]) -> list[dict[str, str]]:
             ends.append({})
             for name, _, value in numbers(lines[-1]):
                 ends[-1].setdefault(name, []).append(value)
-        row = {"cell": cell.label}
+        steps = sorted({lines[-1]["step"] for lines in stats if lines})
+        row = {"cell": cell.label, "at step": ", ".join(map(str, steps))}
         for column, name, pick in ACTIVATIONS:
             picked = [pick(end[name]) for end in ends if name in end]
             row[column] = f"{interval(picked)[0]:.4g}" if picked else ""
@@ -102,7 +104,7 @@ def compared(cell: Cell, other: Cell) -> str:
     if paired is None:
         return f"{cell.label} and {other.label} have no seed in common at which neither diverged."
     mean, half, pairs = paired
-    line = f"{cell.label} against {other.label}: {show(mean, half, sign='+')} nats"
+    line = f"{cell.label} against {other.label}: {show(mean, half, sign='+')} {UNITS[cell.unit]}"
     if half is None:
         line += ", of one seed: it may be chance."
     elif mean == half == 0:
@@ -123,13 +125,14 @@ def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
     best = tuned(cells)
     lines = []
     whole = [c for c in best if len(c.losses) == len(c.runs) and not c.leaky]
-    units = {(r["tokenizer"], r["corpus_sha256"]) for c in cells for r in c.runs}
-    if len(units) > 1:
-        lines.append("Tokenizers or texts differ: only bits a byte compare across them.")
-    elif whole:
+    if cells[0].unit == "val_bpb":
+        lines.append("Tokenizers or texts differ: losses are compared in bits a byte.")
+    if whole:
         first = min(whole, key=lambda c: interval(c.losses.values())[0])
         lowest = show(*interval(first.losses.values()))
-        lines.append(f"The lowest validation loss is {first.label}'s: {lowest} nats a token.")
+        lines.append(
+            f"The lowest validation loss is {first.label}'s: {lowest} {UNITS[first.unit]}."
+        )
     if len(best) < len(cells):
         lines.append(
             "Each is compared at the learning rate that was best for it, chosen by these very "

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from gpt.config import Config
 from gpt.distributed import rank
+from gpt.errors import DataError
 from gpt.files import flatten, read_jsonl, write_atomically
 
 # What wandb is told of a run's configuration.
@@ -50,9 +51,15 @@ class RunLog:
             return
         kept = {}
         for name in ("metrics.jsonl", "stats.jsonl"):
-            rows = [row for row in read_jsonl(run_dir / name) if row["step"] <= keep_until]
+            rows = [row for row in read_jsonl(run_dir / name) if row.get("step", 0) <= keep_until]
             write_atomically(run_dir / name, "".join(to_json(row) + "\n" for row in rows))
             kept[name] = rows
+        trained = {row["step"] for row in kept["metrics.jsonl"] if "loss" in row and "step" in row}
+        if len(trained) < keep_until:
+            raise DataError(
+                f"{run_dir}/metrics.jsonl: {keep_until - len(trained)} of the {keep_until} steps "
+                "before the checkpoint are gone; bring it back or use another run_dir"
+            )
         self.wandb = Wandb(run_dir, cfg)
         self.wandb.catch_up(kept["metrics.jsonl"], kept["stats.jsonl"])
         self.files = {
@@ -82,6 +89,11 @@ class RunLog:
         if name in self.files:
             self.files[name].write(to_json(row) + "\n")
             self.files[name].flush()
+
+    def sync(self) -> None:
+        """To the disk: a checkpoint must not outlive the rows before it."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         for file in self.files.values():

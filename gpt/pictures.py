@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from gpt.cells import Cell, curve, curve_limits, in_order, interval, ordered, tuned
+from gpt.cells import UNITS, Cell, curve, curve_limits, in_order, interval, ordered, tuned
 from gpt.files import read_jsonl
 
 COLUMNS = 3  # panels beside one another
@@ -58,7 +58,7 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
         errors = [math.nan if half is None else half for half in halves]
         axis.errorbar(xs, means, errors, fmt="o", capsize=3, color=style["color"], label=norm)
     axis.set_xticks(range(len(contexts)), [c.replace(" ", "\n") for c in contexts])
-    axis.set_ylabel("validation loss, nats a token")
+    axis.set_ylabel(f"validation loss, {UNITS[cells[0].unit]}")
     tidy(axis)
     axis.legend(frameon=False, title="norm")
     return figure
@@ -105,7 +105,7 @@ def draw_lr(cells: list[Cell]) -> Figure | None:
         axis.set_xticks(sorted({c.lr for c in cells}), minor=False)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
-    finish(figure, panels, "peak learning rate", "validation loss, nats a token")
+    finish(figure, panels, "peak learning rate", f"validation loss, {UNITS[cells[0].unit]}")
     return figure
 
 

@@ -38,16 +38,15 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
     L = cfg.model.n_layer
 
     def make_norm(site: str, width: int) -> nn.Module:
-        match slot(cfg.placement, site, L):
-            case False:
-                return nn.Identity()
-            case True:
-                return build_norm(n_embd=width, **cfg.norm)
-            case name:
-                try:
-                    return build_norm(name, width, **sizes(name, cfg.model.block_size))
-                except ConfigError as error:
-                    raise ConfigError(f"placement of {site}: {error}") from error
+        name = slot(cfg.placement, site, L)
+        if name is False:
+            return nn.Identity()
+        if name is True or name == cfg.norm["name"]:
+            return build_norm(n_embd=width, **cfg.norm)
+        try:
+            return build_norm(name, width, **sizes(name, cfg.model.block_size))
+        except ConfigError as error:
+            raise ConfigError(f"placement of {site}: {error}") from error
 
     plans = [block_plan(cfg.placement, l, L) for l in range(1, L + 1)]  # noqa: E741
     return GPT(cfg.model, vocab_size, make_norm, plans, cfg.seed)

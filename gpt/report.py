@@ -12,6 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from gpt.cells import (
+    UNITS,
     Baseline,
     Cell,
     Summary,
@@ -48,7 +49,7 @@ def figure_losses(cells: list[Cell]) -> go.Figure | None:
     high = min(max([high for _, high in ends] + values), max(values) + span)
     figure.update_yaxes(range=[low - 0.05 * span, high + 0.05 * span])
     title = "Final validation loss, 95% intervals over seeds"
-    figure.update_layout(title=title, scattermode="group", yaxis_title="nats a token")
+    figure.update_layout(title=title, scattermode="group", yaxis_title=UNITS[shown[0].unit])
     return figure
 
 
@@ -109,7 +110,7 @@ def figure_lr(cells: list[Cell]) -> go.Figure | None:
     figure.update_xaxes(type="log")
     figure.update_yaxes(range=[low - step, high + 3 * step])  # two seeds' bars may go beyond
     title = "Final validation loss by peak learning rate"
-    figure.update_layout(title=title, xaxis_title="optim.lr", yaxis_title="nats a token")
+    figure.update_layout(title=title, xaxis_title="optim.lr", yaxis_title=UNITS[shown[0].unit])
     return figure
 
 

@@ -28,6 +28,9 @@ def load_summaries(*folders: Path) -> list[dict[str, Any]]:
     """
     paths = {path.resolve(): path for folder in folders for path in folder.rglob("summary.json")}
     summaries = [read_json(path) | {"run_dir": str(path.parent)} for path in sorted(paths.values())]
+    for s in summaries:
+        if "norm" not in s:
+            raise DataError(f"{s['run_dir']}/summary.json: not a run's summary; remove the run")
 
     def rank(s: dict[str, Any]) -> tuple[bool, bool, float]:
         return "diverged_at" in s, bool(s.get("sees_in_evaluation")), s.get("val_bpb") or math.inf

@@ -39,8 +39,11 @@ class Screen:
             line += f"  (with the batch's own statistics: {result['val_loss_batch_stats']:.4f})"
         self.say(line)
 
-    def steps_done(self, step: int, loss: float, speed: float) -> None:
-        self.progress.update(self.task, completed=step, loss=f"{loss:.3f}", speed=f"{speed:,.0f}")
+    def steps_done(self, step: int, loss: float, speed: float | None) -> None:
+        """speed: None where a step also took statistics, so that the one before is shown still."""
+        self.progress.update(self.task, completed=step, loss=f"{loss:.3f}")
+        if speed is not None:
+            self.progress.update(self.task, speed=f"{speed:,.0f}")
 
     def report(self, run_dir: Path, summary: dict[str, Any], sample: str) -> None:
         self.say("\n--- a sample " + "-" * 50)

@@ -13,6 +13,7 @@ from gpt.config import Config, load_config
 from gpt.errors import ConfigError
 from gpt.files import flatten, read_json
 from gpt.model import GPT
+from gpt.norms.registry import name_of, norms_of
 from gpt.tokenizer import fingerprint, load_tokenizer
 
 
@@ -51,7 +52,9 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     left = sorted({k.rpartition(".")[2] for k in old.keys() - kept.keys()})
     line = f"starting from {source}: {len(kept)} tensors of it"
     line += f", new {', '.join(fresh)}" * bool(fresh)
-    return line + f", without its {', '.join(left)}" * bool(left)
+    line += f", without its {', '.join(left)}" * bool(left)
+    again = {name_of(n) for n in norms_of(model) if hasattr(n, "begin_step")}
+    return line + f"; what {', '.join(sorted(again))} changes by step begins again" * bool(again)
 
 
 def source_sha256(cfg: Config) -> str | None:

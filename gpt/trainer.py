@@ -32,6 +32,7 @@ from gpt.distributed import (
     on_any_process,
     processes,
     rank,
+    wait_for_all,
     world_size,
 )
 from gpt.errors import ConfigError, DataError, Diverged
@@ -74,7 +75,7 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
     run_dir = Path(cfg.run_dir) if cfg.run_dir else root / cfg.run_name()
     with processes(cfg.device), locked(run_dir) if rank() == 0 else nullcontext():
         screen = Screen(cfg.train.steps, quiet=quiet or rank() > 0)
-        on_any_process(False)  # the first holds the lock, so that the files are this run's
+        wait_for_all()  # the first holds the lock, so that the files are this run's
         refuse_another_configuration(run_dir, cfg)
         data = prepare(cfg)
         if (run_dir / "DONE").exists():
@@ -105,7 +106,7 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
             if rank() == 0:
                 log.summary(summarise(run, state) | {"diverged_at": state.step})
                 write_atomically(run_dir / "DONE", cfg.hash() + "\n")
-            on_any_process(False)  # the first that ends has torchrun end the others
+            wait_for_all()  # the first that ends has torchrun end the others
             raise
         finally:
             log.close()
@@ -124,12 +125,15 @@ def sample_text(run: Run, model: GPT) -> str:
 def finished(run_dir: Path, cfg: Config, data: Data, screen: Screen) -> dict[str, Any]:
     """The summary of a run that is done, if it is this run on this text, from these weights."""
     summary = read_json(run_dir / "summary.json")
-    if summary["config_hash"] != cfg.hash():
+    if summary.get("config_hash") != cfg.hash():
         raise ConfigError(f"{run_dir} is finished under another configuration; use another run_dir")
-    if summary["corpus_sha256"] != data.train.header.corpus_sha256:
-        raise DataError(
-            f"{run_dir} is finished, on another text of data={cfg.data.name}; use another run_dir"
-        )
+    text = data.train.header
+    for key, here in (("corpus_sha256", text.corpus_sha256), ("train_bytes", text.n_bytes)):
+        if summary.get(key, here) != here:
+            raise DataError(
+                f"{run_dir} is finished, on another text of data={cfg.data.name} or another split "
+                "of it; use another run_dir"
+            )
     then, now = summary.get("init_sha256"), source_sha256(cfg)
     if then and now and then != now:
         raise DataError(
@@ -162,6 +166,7 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
         refuse_leaks(sight)
     setting = {
         "corpus": data.train.header.corpus_sha256,
+        "bytes to train on": str(data.train.header.n_bytes),
         "tokenizer": data.train.header.fingerprint,
         "device": device.type,
         "precision": precision(device, cfg.dtype),
@@ -194,7 +199,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
         torch.compiler.reset()  # what other cells of a sweep have compiled
         warnings.filterwarnings("ignore", "TensorFloat32")  # float32 means float32 here
         compiled = torch.compile(model)  # type: ignore[assignment]
-    leaky = {"leaky": True} if run.sight.training else {}
+    leaky = {"leaky": True} if run.sight.leaky else {}
     unread: list[Row] = []
 
     def evaluate_and_log() -> None:
@@ -229,7 +234,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             speed = len(rows) * t.batch_size * t.grad_accum * block_size / seconds
             for values in rows:
                 log.metrics(**values, **leaky, tokens_per_s=round(speed, 1))
-            run.screen.steps_done(step, rows[-1]["loss"], speed)
+            run.screen.steps_done(step, rows[-1]["loss"], None if counting else speed)
             if not is_finite(rows[-1]):
                 state.step = rows[-1]["step"]
                 site = where_not_finite(cfg, state, batches, device)
@@ -243,6 +248,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             if evaluating:
                 evaluate_and_log()
             if saving and rank() == 0:
+                log.sync()
                 checkpoint.save(run.dir, state, t.keep_checkpoints)
             if stopping:
                 break
@@ -257,7 +263,7 @@ def introduce(run: Run, model: GPT) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     run.screen.say(
         f"norm={cfg.norm['name']} placement={cfg.placement.name} on {run.device}: "
-        f"{parameters:,} parameters, {header.n_bytes:,} bytes of {cfg.data.name} as "
+        f"{parameters:,} parameters, {header.n_bytes:,} bytes of {cfg.data.name} to train on as "
         f"{header.n_tokens:,} {header.tokenizer} tokens of {header.vocab_size}"
     )
     if cfg.optim.warmup_steps >= cfg.train.steps:
@@ -288,7 +294,7 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
         "best_val_loss": min((r["val_loss"] for r in evaluations if r["val_loss"]), default=None),
         "train_loss": sum(losses) / len(losses) if losses else None,
         **spikes,
-        "leaky": bool(run.sight.training),
+        "leaky": run.sight.leaky,
         "sees_in_training": list(run.sight.training),
         "sees_in_evaluation": list(run.sight.evaluation),
         "norm": cfg.norm["name"],
@@ -302,6 +308,7 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
         "tokens_per_s": median([r["tokens_per_s"] for r in rows if "tokens_per_s" in r] or [0.0]),
         "corpus": cfg.data.name,
         "corpus_sha256": run.data.train.header.corpus_sha256,
+        "train_bytes": run.data.train.header.n_bytes,
         "tokenizer": run.data.tokenizer.name,
         "init_sha256": state.setting.get("init.from"),
         "config_hash": cfg.hash(),

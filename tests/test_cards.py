@@ -51,6 +51,11 @@ def test_the_drawing_shows_rows_and_columns() -> None:
     ]
 
 
+def test_a_norm_that_fades_says_what_evaluation_looks_at_meanwhile() -> None:
+    text = "\n".join(cards.card("prepbn"))
+    assert "in evaluation: the statistics of ◆ are taken over it and every ■ (C)" in text
+
+
 @pytest.mark.parametrize(
     ("name", "count"), [("layer", "2C"), ("derf", "2C + 2"), ("dummy", "0"), ("scale", "1")]
 )

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from gpt.causality import FUTURE, NEIGHBOURS, probe
+from gpt.causality import FUTURE, NEIGHBOURS, UNKNOWN, Sight, probe
 from gpt.config import Config
 from gpt.errors import ConfigError
+from gpt.norms.layer import LayerNorm
 from gpt.placement import build_model
 from gpt.trainer import train
 from tests.conftest import make_config, read_rows
@@ -55,6 +57,23 @@ def test_what_a_model_lets_tokens_see_is_found(
 )
 def test_neither_branches_that_start_at_zero_nor_overflow_hide_a_leak(overrides: list[str]) -> None:
     assert sight(*overrides).training
+
+
+def test_a_leak_in_the_first_half_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a norm over the first tokens of its sample, the last token shows nothing."""
+
+    def first_half(self: LayerNorm, x: Tensor) -> Tensor:
+        return x - x[:, : x.shape[1] // 2].mean(1, keepdim=True)
+
+    monkeypatch.setattr(LayerNorm, "forward", first_half)
+    assert sight() == Sight((FUTURE,), (FUTURE,))
+
+
+def test_a_probe_that_overflows_is_refused_but_no_leak() -> None:
+    overflown = sight("norm=dummy", "placement.alpha=1e38", "placement.head=false")
+    assert overflown.training == (UNKNOWN,)
+    assert not overflown.leaky
+    assert sight("norm=batch").leaky
 
 
 def test_one_leaky_norm_in_one_slot_is_enough() -> None:

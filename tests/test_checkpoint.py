@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert "step_6 is damaged" in capsys.readouterr().err
 
 
+def test_a_manifest_that_lists_nothing_is_no_proof(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "step_6" / "manifest.json").write_text("{}")
+    (run_dir / "checkpoints" / "step_6" / "model.safetensors").unlink()
+    model = load_model(run_dir)
+    assert torch.equal(model.wte.weight, load_model(run_dir, step=4).wte.weight)
+
+
+def test_weights_of_another_model_are_named(run_dir: Path) -> None:
+    cfg = run_dir / "config.yaml"
+    cfg.write_text(cfg.read_text().replace("n_embd: 32", "n_embd: 16"))
+    with pytest.raises(DataError, match="step_6: its weights are of another model"):
+        load_model(run_dir)
+
+
+@pytest.mark.parametrize("content", ["", '{"loss": 1}\n'])
+def test_rows_that_are_gone_are_missed(
+    run_dir: Path, config: Callable[..., Config], content: str
+) -> None:
+    """Else the curve would begin in the middle, and the summary be of half a run."""
+    (run_dir / "DONE").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / "step_6")
+    (run_dir / "metrics.jsonl").write_text(content)
+    with pytest.raises(DataError, match="4 of the 4 steps before the checkpoint are gone"):
+        train(config("norm=batch", f"run_dir={run_dir}"))
+
+
 def test_resuming_from_the_older_checkpoint_gives_the_same_curve(
     run_dir: Path, finished: Path, config: Callable[..., Config]
 ) -> None:
@@ -128,6 +155,20 @@ def test_a_finished_run_on_a_text_that_changed_is_not_taken_for_this_one(
     text.write_text("another text\n" * 500)
     with pytest.raises(DataError, match="is finished, on another text of data=text"):
         train(config(f"data.path={text}"))
+
+
+def test_a_finished_run_on_another_split_of_the_text_is_not_taken_for_this_one(
+    tmp_path: Path, config: Callable[..., Config]
+) -> None:
+    """The same documents' text, cut elsewhere: every tenth document is validation."""
+    words, path = [f"some text {i} " * 20 for i in range(40)], tmp_path / "docs.jsonl"
+    where = ["data=hf", f"data.path={path}"]
+    for texts in (words, [a + b for a, b in zip(words[::2], words[1::2], strict=True)]):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        if texts is words:
+            train(config(*where))
+    with pytest.raises(DataError, match="another split of it"):
+        train(config(*where))
 
 
 def test_a_run_without_its_config_file_is_not_resumed_as_another(

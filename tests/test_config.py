@@ -164,6 +164,16 @@ def test_help_needs_no_torch() -> None:
     assert "norm: anneal, batch, batch_ema" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("script", "args"), [("train", ["--foo"]), ("norms", ["--compare", "layer"])]
+)
+def test_a_usage_error_is_one_line_and_64(script: str, args: list[str]) -> None:
+    result = run_program(*args, script=script)
+    assert result.returncode == 64
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "see --help" in result.stderr
+
+
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30))
 @settings(deadline=None, max_examples=100)
 def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:

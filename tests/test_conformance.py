@@ -95,15 +95,18 @@ def check_sight(build: Make, axes: tuple[str, ...], evaluation_axes: tuple[str, 
         norm.train(training)
         y = pure(norm, x)
 
-        def seen(at: tuple[int, int], y: Tensor = y) -> Tensor:
+        def moves(*at: int | slice, y: Tensor = y) -> Tensor:
             other = x.clone()
-            other[at] += 3 * randn(8, seed=5)
-            changes: Tensor = (pure(norm, other) - y).abs().amax(-1) > 0  # (B, T)
+            other[at] += 3 * randn(*other[at].shape, seed=5)
+            changes: Tensor = (pure(norm, other) - y).abs() > 0  # (B, T, C)
             return changes
 
-        assert bool(seen((1, T - 1))[1, : T - 1].any()) is ("T" in declared), f"future, {training=}"
-        neighbours = seen((0, T - 1))[1:]
-        assert bool(neighbours.any()) is ("B" in declared), f"neighbours, {training=}"
+        future = [moves(1, slice(t, None))[1, :t].any() for t in range(1, T)]
+        assert bool(torch.stack(future).any()) is ("T" in declared), f"future, {training=}"
+        assert bool(moves(0)[1:].any()) is ("B" in declared), f"neighbours, {training=}"
+        features = torch.stack([moves(1, T - 1, slice(c, c + 1))[1, T - 1] for c in range(8)])
+        others = features & ~torch.eye(8, dtype=torch.bool)
+        assert bool(others.any()) is ("C" in declared), f"features, {training=}"
 
 
 def check_invariances(build: Make, declared: tuple[str, ...]) -> None:

@@ -243,6 +243,14 @@ def test_hf_files_are_documents_mapped_and_streaming(
     assert data.train.header.n_tokens == data.train.header.n_bytes + 2 * 36  # an empty line between
 
 
+@pytest.mark.parametrize("name", ["x[1].jsonl", "a, b.jsonl", "a*.jsonl"])
+def test_hf_reads_a_file_that_is_there_whatever_its_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("".join(json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(40)))
+    documents = list(open_corpus(DataConfig("hf", str(path))).documents())
+    assert [split for split, _ in documents].count("val") == 4
+
+
 def test_hf_takes_at_most_max_documents_and_names_the_columns(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "docs.jsonl")
     few = prepare(make_config("data=hf", f"data.path={path}", "data.max_documents=10"))

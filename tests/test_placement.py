@@ -245,3 +245,9 @@ def test_the_first_norm_that_reads_the_stream_adds_the_branch() -> None:
 def test_a_formula_of_the_wrong_kind_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="or a formula of it in l and L"):
         make_config("data=pydoc", override)
+
+
+def test_the_run_s_norm_named_in_a_slot_keeps_its_options() -> None:
+    by_depth = "placement.attn.in='rms if l > L/2 else layer'"
+    model = build_model(make_config("data=pydoc", "norm.eps=0.1", by_depth), 61)
+    assert [block.attn["in"].eps for block in model.h] == [0.1, 1e-5]  # rms has its own

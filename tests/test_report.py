@@ -76,13 +76,38 @@ def test_the_words_say_what_is_chance_what_is_leaky_and_what_diverged(folder: Pa
     words = "\n".join(findings.plain_words(make_cells(load_summaries(folder)), Baseline()))
     assert "The lowest validation loss is rms-pre-bs4's: 3.0967" in words
     assert (
-        "rms-pre-bs4 against layer-pre-bs4: -0.1033 ± 0.0143 nats over 3 seeds: better beyond"
-        in words
+        "rms-pre-bs4 against layer-pre-bs4: -0.1033 ± 0.0143 nats a token over 3 "
+        "seeds: better beyond" in words
     )
     assert "dummy-pre-bs4 against layer-pre-bs4" in words
     assert "no difference that these seeds can tell" in words
     assert "instance-pre-bs4" in words.split("No result")[1]
     assert "scale-pre-bs4: 1 of 1 runs diverged" in words
+
+
+def test_other_tokenizers_compare_in_bits_a_byte_alone(tmp_path: Path) -> None:
+    """Bytes have the smaller loss a token and are the worse: a token of a BPE is several bytes."""
+    for seed in range(3):
+        for name, nats, bits in (("layer", 3.0, 1.5), ("rms", 1.4 + 0.01 * seed, 2.0)):
+            tokenizer = "bpe" if name == "layer" else "bytes"
+            summary(tmp_path, name, seed, nats, val_bpb=bits, tokenizer=tokenizer)
+    cells = make_cells(load_summaries(tmp_path))
+    words = "\n".join(findings.plain_words(cells, Baseline()))
+    assert "losses are compared in bits a byte" in words
+    assert "rms-pre-bs4 against layer-pre-bs4: +0.5000 ± 0.0000 bits a byte" in words
+    assert "worse beyond chance" in words
+    axis = report.figure_losses(cells).layout.yaxis.title.text  # type: ignore[union-attr]
+    assert axis == "bits a byte"
+    assert [row["val loss"][:3] for row in findings.table(cells, Baseline())] == ["3.0", "1.4"]
+
+
+def test_a_summary_that_is_none_is_one_line(tmp_path: Path) -> None:
+    summary(tmp_path, "layer", 0, 3.0)
+    (tmp_path / "layer-pre-bs4-s0" / "summary.json").write_text("{}")
+    result = run_program(str(tmp_path), script="report")
+    assert result.returncode == 65
+    assert result.stderr.count("\n") == 1
+    assert "summary.json: not a run's summary" in result.stderr
 
 
 def test_a_single_seed_may_be_chance(tmp_path: Path) -> None:

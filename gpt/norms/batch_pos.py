@@ -46,7 +46,7 @@ class PositionBatchNorm(BatchNorm):
             raise ValueError("norm=batch_pos in training needs more than 1 sample a batch (B > 1)")
         mean, variance = moments(x, (0,))
         if self.training:
-            # What is later than this batch's T is not seen, and so stays.
+            # What is later than this batch's T takes no part: its mean and variance are as before.
             padded = torch.cat([mean.detach(), self.running_mean[T:]])
             padded_var = torch.cat([variance.detach(), self.running_var[T:]])
             self.observe(padded, padded_var, count)

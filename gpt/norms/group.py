@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.norms.layer import layer_norm
-from gpt.norms.registry import check_at_least, register
+from gpt.norms.registry import check_at_least, register, wide
 
 
 @register("group")
@@ -38,5 +38,5 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         groups = x.unflatten(-1, (self.groups, -1))  # (B, T, G, C/G)
-        y = layer_norm(groups, None, None, self.eps).flatten(-2)
+        y = layer_norm(wide(groups), None, None, self.eps).flatten(-2)
         return (y * self.weight + self.bias).to(x.dtype)

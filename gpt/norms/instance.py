@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.norms.layer import layer_norm
-from gpt.norms.registry import check_at_least, register
+from gpt.norms.registry import check_at_least, register, wide
 
 
 @register("instance")
@@ -34,5 +34,5 @@ class InstanceNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_embd))  # β
 
     def forward(self, x: Tensor) -> Tensor:
-        columns = layer_norm(x.transpose(-1, -2), None, None, self.eps)  # (B, C, T)
+        columns = layer_norm(wide(x).transpose(-1, -2), None, None, self.eps)  # (B, C, T)
         return (columns.transpose(-1, -2) * self.weight + self.bias).to(x.dtype)

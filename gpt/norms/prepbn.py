@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gpt.norms.registry import progress, register
+from gpt.norms.registry import progress, register, wide
 from gpt.norms.repbn import RepBatchNorm
 from gpt.norms.rms import rms_norm
 
@@ -22,6 +22,8 @@ class ProgressiveRepBatchNorm(RepBatchNorm):
     Guo, Chen, Tang, Wang 2024 (SLAB), arXiv:2405.11582.
     """
 
+    axes = ("B", "T", "C")
+    evaluation_axes = ("C",)  # RMSNorm's, until λ is 0
     fade: Tensor  # λ
 
     def __init__(
@@ -38,7 +40,8 @@ class ProgressiveRepBatchNorm(RepBatchNorm):
         self.fade.fill_(max(0.0, 1 - progress(step, steps) / self.fraction))
 
     def forward(self, x: Tensor) -> Tensor:
-        rms, repbn = rms_norm(x, self.rms_weight, self.eps), super().forward(x)
+        x32 = wide(x)  # rounded once, at the end
+        rms, repbn = rms_norm(x32, self.rms_weight, self.eps), super().forward(x32)
         return (self.fade * rms + (1 - self.fade) * repbn).to(x.dtype)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.norms.batch import BatchNorm
-from gpt.norms.registry import register
+from gpt.norms.registry import register, wide
 
 
 @register("repbn")
@@ -27,7 +27,8 @@ class RepBatchNorm(BatchNorm):
         self.eta = nn.Parameter(torch.ones(1))  # η
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + (self.eta * x).to(x.dtype)
+        x32 = wide(x)  # rounded once, at the end
+        return (super().forward(x32) + self.eta * x32).to(x.dtype)
 
     @torch.no_grad()
     def affine(self) -> tuple[Tensor, Tensor]:
