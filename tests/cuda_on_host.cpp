@@ -17,6 +17,8 @@
 #define __launch_bounds__(...)
 
 struct Index { unsigned x, y, z; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
 static Index threadIdx, blockIdx, gridDim;
 
 namespace fibers {
@@ -104,6 +106,7 @@ static float __shfl_xor_sync(unsigned, float value, int step) {
     return fibers::all[self ^ step].slot[turn];
 }
 static float __uint_as_float(unsigned u) { float f; std::memcpy(&f, &u, 4); return f; }
+static float rsqrtf(float f) { return 1.0f / std::sqrt(f); }
 static unsigned __float_as_uint(float f) { unsigned u; std::memcpy(&u, &f, 4); return u; }
 
 static float half_to_float(unsigned short h) {

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
+from collections import Counter
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 
@@ -220,7 +223,7 @@ def test_an_error_in_the_kernel_is_seen(
     x = torch.randn(3, 768)
     mutants = {
         "": "",  # none
-        "square / C -": "square / (C - 1) -",
+        "square * (1.0f / C) -": "square * (1.0f / (C - 1)) -",
         "step > 0; step /= 2": "step > 1; step /= 2",
         "w < WARPS; w++": "w < WARPS - 1; w++",
     }
@@ -233,3 +236,38 @@ def test_an_error_in_the_kernel_is_seen(
         y, *_ = forward_cuda(x, None, torch.ones(768), torch.zeros(768), 1e-5, F32)
         right = close(y, F.layer_norm(x.double(), (768,), None, None, 1e-5))
         assert right == (old == ""), new
+
+
+@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
+def test_memory_is_read_and_written_in_the_widest_accesses(
+    dtypes: tuple[torch.dtype, ...], branch: bool, tmp_path: Path
+) -> None:
+    """16 bytes of the widest type, and as many elements of the others; rows' own numbers apart.
+    The compiler, left to itself, made four stores out of one."""
+    pytest.importorskip("cuda.bindings")
+    files = metadata.files("nvidia-cuda-nvdisasm") or []
+    program = next(str(f.locate()) for f in files if f.name in ("nvdisasm", "nvdisasm.exe"))
+    X, B, Y, W = (t.itemsize for t in dtypes)
+    for plan in plans(768, dtypes, branch, True):
+        cubin, _ = nvrtc.compile_source(SOURCE, plan.options(), "sm_90")
+        (tmp_path / "kernel.cubin").write_bytes(cubin)
+        command = [program, "-c", str(tmp_path / "kernel.cubin")]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        kernel = "layer_norm_forward" if plan.FORWARD else "layer_norm_backward"
+        code = listing[listing.index(f".text.{kernel}:") :]
+        code = code[: code.index(".text.", 10)] if ".text." in code[10:] else code
+        accesses = Counter(re.findall(r"(?:LDG|STG)\.E(?:\.\d+)?", code))
+        steps = -(-768 // (plan.THREADS * plan.VEC))
+        bits = [f".{8 * size * plan.VEC}" for size in (X, B, Y, W)]
+        x, b, y, w = ("" if text == ".32" else text for text in bits)
+        if plan.FORWARD:  # reads x, branch, γ, β; writes y, stream; mean and rstd
+            wide = [f"LDG.E{x}", f"LDG.E{w}", f"LDG.E{w}", f"STG.E{y}"]
+            wide += [f"LDG.E{b}", f"STG.E{x}"] * branch
+            expected = Counter(wide * steps + ["STG.E", "STG.E"])
+            assert accesses == expected, plan
+        else:  # reads x, dy, γ, dstream; writes dx, dbranch, and Σ dγ, Σ dβ in fp32
+            wide = [f"LDG.E{x}", f"LDG.E{y}", f"LDG.E{w}", f"STG.E{x}", f"STG.E{b}"]
+            wide += [f"LDG.E{x}"] * branch
+            sums = ["STG.E.128"] * (2 * plan.VEC // 4)
+            assert accesses == Counter((wide + sums) * steps + ["LDG.E", "LDG.E"]), plan

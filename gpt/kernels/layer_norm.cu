@@ -38,37 +38,92 @@ __device__ inline float to_float(fp16 v) { return half_to_float(v.bits); }
 __device__ inline void from_float(float f, float& v) { v = f; }
 __device__ inline void from_float(float f, fp16& v) { v.bits = float_to_half(f); }
 __device__ inline void from_float(float f, bf16& v) {  // to nearest even; a NaN stays one
-#if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v.bits) : "f"(f));
-#else
     const unsigned u = __float_as_uint(f);
     v.bits = f != f ? 0x7fff : (unsigned short)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// VEC elements, read and written in as few instructions as they fit into.
+template <int BYTES> struct Words { uint4 word[BYTES / 16]; };
+template <> struct Words<8> { uint2 word[1]; };
+template <> struct Words<4> { unsigned word[1]; };
+template <> struct Words<2> { unsigned short word[1]; };
+template <typename T>
+union Pack {
+    Words<sizeof(T) * VEC> words;
+    T v[VEC];
+};
+template <typename T>
+__device__ inline Pack<T> read(const T* p) {
+    Pack<T> pack;
+    pack.words = *reinterpret_cast<const Words<sizeof(T) * VEC>*>(p);
+    return pack;
+}
+template <typename W>
+__device__ inline void put(W* p, W w) { *p = w; }
+#ifndef CUDA_ON_HOST  // in one store: the compiler, left to itself, may make four of it
+__device__ inline void put(uint4* p, uint4 w) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+}
+__device__ inline void put(uint2* p, uint2 w) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(w.x), "r"(w.y) : "memory");
+}
 #endif
+template <typename T>
+__device__ inline void write(T* p, const Pack<T>& pack) {
+    auto* to = reinterpret_cast<Words<sizeof(T) * VEC>*>(p);
+#pragma unroll
+    for (int i = 0; i < sizeof(pack.words) / sizeof(pack.words.word[0]); i++) {
+        put(&to->word[i], pack.words.word[i]);
+    }
 }
 
-template <typename T>
-struct alignas(sizeof(T) * VEC < 16 ? sizeof(T) * VEC : 16) Pack { T v[VEC]; };
-
-// VEC elements at p, as they are or as floats; and back.
-template <typename T>
-__device__ inline Pack<T> pack(const T* p) {
-    return *reinterpret_cast<const Pack<T>*>(p);
-}
 template <typename T>
 __device__ inline void unpack(const Pack<T>& pack, float (&v)[VEC]) {
 #pragma unroll
     for (int i = 0; i < VEC; i++) v[i] = to_float(pack.v[i]);
 }
+// Two of them in the halves of a word.
+__device__ inline unsigned both(float low, float high, bf16) {
+#if __CUDA_ARCH__ >= 800
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+#else
+    bf16 l, h;
+    from_float(low, l);
+    from_float(high, h);
+    return l.bits | (unsigned)h.bits << 16;
+#endif
+}
+__device__ inline unsigned both(float low, float high, fp16) {
+    fp16 l, h;
+    from_float(low, l);
+    from_float(high, h);
+    return l.bits | (unsigned)h.bits << 16;
+}
+template <typename T>
+__device__ inline Pack<T> rounded(const float (&v)[VEC]) {
+    Pack<T> pack;
+    if constexpr (sizeof(T) == 2 && VEC >= 2) {
+        alignas(16) unsigned words[(VEC + 1) / 2];
+#pragma unroll
+        for (int i = 0; i < VEC; i += 2) words[i / 2] = both(v[i], v[i + 1], T());
+        pack.words = *reinterpret_cast<Words<sizeof(T) * VEC>*>(words);
+    } else {
+#pragma unroll
+        for (int i = 0; i < VEC; i++) from_float(v[i], pack.v[i]);
+    }
+    return pack;
+}
+
 template <typename T>
 __device__ inline void load(const T* p, float (&v)[VEC]) {
-    unpack(pack(p), v);
+    unpack(read(p), v);
 }
 template <typename T>
 __device__ inline void store(T* p, const float (&v)[VEC]) {
-    Pack<T> pack;
-#pragma unroll
-    for (int i = 0; i < VEC; i++) from_float(v[i], pack.v[i]);
-    *reinterpret_cast<Pack<T>*>(p) = pack;
+    write(p, rounded<T>(v));
 }
 
 // The sums of a and b over the threads of a row, the same in each of them.
@@ -121,35 +176,33 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
     }
     Pack<X_T> from_x[HELD];
     Pack<B_T> from_branch[HELD];
-    const auto read = [&](int c, int h) {
-        from_x[h] = pack(x + c);
-        if (BRANCH) from_branch[h] = pack(branch + c);
+    const auto request = [&](int c, int h) {
+        from_x[h] = read(x + c);
+        if (BRANCH) from_branch[h] = read(branch + c);
     };
     if (CACHED) {  // all of the row is on its way before the first of it is used
-        EACH_ACCESS read(c, h);
+        EACH_ACCESS request(c, h);
     }
     float v[HELD][VEC];
     float sum = 0.0f, unused = 0.0f;
     EACH_ACCESS {
-        if (!CACHED) read(c, h);
+        if (!CACHED) request(c, h);
         unpack(from_x[h], v[h]);
         if (BRANCH) {
             float b[VEC];
             unpack(from_branch[h], b);
 #pragma unroll
-            for (int i = 0; i < VEC; i++) {
-                X_T rounded;  // what backward will read is what is normalised here
-                from_float(v[h][i] + b[i], rounded);
-                v[h][i] = to_float(rounded);
-            }
-            store(stream + c, v[h]);
+            for (int i = 0; i < VEC; i++) b[i] += v[h][i];
+            const Pack<X_T> total = rounded<X_T>(b);
+            write(stream + c, total);
+            unpack(total, v[h]);  // what backward will read is what is normalised here
         }
 #pragma unroll
         for (int i = 0; i < VEC; i++) sum += v[h][i];
     }
     row_sum(sum, unused, shared[0]);
     const X_T* again = BRANCH ? stream : x;
-    const float rough = sum / C;
+    const float rough = sum * (1.0f / C);
     float square = 0.0f, rest = 0.0f;
     EACH_ACCESS {
         if (!CACHED) load(again + c, v[h]);
@@ -161,9 +214,9 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
         }
     }
     row_sum(square, rest, shared[1]);
-    const float shift = rest / C;  // what the mean lost to rounding
-    const float variance = fmaxf(square / C - shift * shift, 0.0f);
-    const float scale = 1.0f / sqrtf(variance + eps);
+    const float shift = rest * (1.0f / C);  // what the mean lost to rounding
+    const float variance = fmaxf(square * (1.0f / C) - shift * shift, 0.0f);
+    const float scale = rsqrtf(variance + eps), offset = -shift * scale;
     EACH_ACCESS {
         if (!CACHED) {
             load(again + c, v[h]);
@@ -176,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
         float out[VEC];
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
-            out[i] = (v[h][i] - shift) * scale * w[i] + (BIAS ? b[i] : 0.0f);
+            out[i] = (v[h][i] * scale + offset) * w[i] + (BIAS ? b[i] : 0.0f);
         }
         store(y + c, out);
     }
@@ -199,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
     const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight, const float* mean,
     const float* rstd, X_T* dx, B_T* dbranch, float* partial, i64 n_rows) {
     __shared__ float shared[2][ROWS][WARPS][2];
-    alignas(16) __shared__ float sums[ROWS > 1 ? 2 * C : 1];
+    __shared__ float sums[ROWS > 1 ? 2 * C : 1];
     const int lane = threadIdx.x % THREADS, group = threadIdx.x / THREADS;
     float dgamma[HELD][VEC] = {}, dbeta[HELD][VEC] = {};
     const int stride = gridDim.x * ROWS;
@@ -215,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
             EACH_ACCESS {
                 load(x + row * C + c, x_hat[h]);
                 load(dy + row * C + c, g[h]);
-                if (BRANCH) more[h] = pack(dstream + row * C + c);  // else its wait came after
+                if (BRANCH) more[h] = read(dstream + row * C + c);  // else its wait came after
             }
             EACH_ACCESS {
                 float w[VEC];
@@ -232,13 +285,13 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
             }
         }
         row_sum(sum_g, sum_gx, shared[turn][group]);
-        const float mean_g = sum_g / C, mean_gx = sum_gx / C;
+        const float mean_g = sum_g * (1.0f / C) * scale, mean_gx = sum_gx * (1.0f / C) * scale;
         if (is_row) EACH_ACCESS {
             float out[VEC], add[VEC];
             if (BRANCH) unpack(more[h], add);
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                out[i] = scale * (g[h][i] - mean_g - x_hat[h][i] * mean_gx);
+                out[i] = g[h][i] * scale - mean_g - x_hat[h][i] * mean_gx;
                 if (BRANCH) out[i] += add[i];
             }
             store(dx + row * C + c, out);
@@ -256,9 +309,16 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
                     dbeta[h][i] += sums[C + c + i];
                 }
             }
-            float* to = next < ROWS - 1 ? sums : partial;
-            store(to + c, dgamma[h]);
-            store(to + C + c, dbeta[h]);
+            if (next == ROWS - 1) {
+                store(partial + c, dgamma[h]);
+                store(partial + C + c, dbeta[h]);
+            } else {
+#pragma unroll
+                for (int i = 0; i < VEC; i++) {
+                    sums[c + i] = dgamma[h][i];
+                    sums[C + c + i] = dbeta[h][i];
+                }
+            }
         }
         if (ROWS > 1) __syncthreads();
     }
@@ -276,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
     for (i64 row = blockIdx.x; row < n_rows; row += gridDim.x, turn ^= 1) {
         const float mu = mean[row], scale = rstd[row];
         float x_hat[VEC], g[VEC], w[VEC];
-        const auto read = [&](int c) {
+        const auto get = [&](int c) {
             load(x + row * C + c, x_hat);
             load(dy + row * C + c, g);
             load(weight + c, w);
@@ -288,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
         };
         float sum_g = 0.0f, sum_gx = 0.0f;
         EACH_ACCESS {
-            read(c);
+            get(c);
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
                 sum_g += g[i];
@@ -296,14 +356,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
             }
         }
         row_sum(sum_g, sum_gx, shared[turn]);
-        const float mean_g = sum_g / C, mean_gx = sum_gx / C;
+        const float mean_g = sum_g * (1.0f / C) * scale, mean_gx = sum_gx * (1.0f / C) * scale;
         EACH_ACCESS {
-            read(c);
+            get(c);
             float out[VEC], more[VEC];
             if (BRANCH) load(dstream + row * C + c, more);
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                out[i] = scale * (g[i] - mean_g - x_hat[i] * mean_gx);
+                out[i] = g[i] * scale - mean_g - x_hat[i] * mean_gx;
                 if (BRANCH) out[i] += more[i];
             }
             store(dx + row * C + c, out);
