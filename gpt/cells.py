@@ -120,8 +120,8 @@ def without(traits: dict[str, Any], *keys: str) -> dict[str, Any]:
 def tuned(cells: list[Cell]) -> list[Cell]:
     """Of the cells that differ in `optim.lr` alone the best, so that none loses for another's rate.
 
-    The best has the fewest diverged runs, then the lowest mean validation loss, over those seeds
-    that all of them were run with, if there are any.
+    The best has the fewest diverged runs, and of such the lowest mean validation loss, over the
+    seeds at which all of them came to an end, if there are any.
     """
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -133,14 +133,15 @@ def tuned(cells: list[Cell]) -> list[Cell]:
 
 
 def best_of(cells: list[Cell]) -> Cell:
-    common = set.intersection(*({run["seed"] for run in cell.runs} for cell in cells))
+    shares = [len(cell.losses) / len(cell.runs) for cell in cells]
+    good = [cell for cell, share in zip(cells, shares, strict=True) if share == max(shares)]
+    common = set.intersection(*(set(cell.losses) for cell in good))
 
-    def rank(cell: Cell) -> tuple[float, float]:
-        ended = cell.losses
-        losses = [ended[seed] for seed in common & ended.keys()] or list(ended.values())
-        return 1 - len(ended) / len(cell.runs), interval(losses)[0] if losses else math.inf
+    def mean(cell: Cell) -> float:
+        losses = [cell.losses[seed] for seed in common] or list(cell.losses.values())
+        return interval(losses)[0] if losses else math.inf
 
-    return min(cells, key=rank)
+    return min(good, key=mean)
 
 
 def interval(values: Iterable[float]) -> tuple[float, float | None]:

@@ -404,3 +404,17 @@ def test_two_runs_are_compared_with_one_command(corpus: Path, tmp_path: Path) ->
     assert "norm.name" in page
     assert "of one seed: it may be chance" in page
     assert "residual: angle" in page
+
+
+def test_rates_that_each_lost_another_seed_are_ranked_by_the_seed_that_both_have(
+    tmp_path: Path,
+) -> None:
+    for rate, losses in ((1e-3, (2.0, None, 2.5)), (3e-3, (None, 2.9, 2.4))):
+        for seed, loss in enumerate(losses):
+            folder = tmp_path / str(rate)
+            more = {"diverged_at": 3} if loss is None else {}
+            summary(folder, "layer", seed, loss, **more)
+            path = folder / f"layer-pre-bs4-s{seed}" / "config.yaml"
+            path.write_text(path.read_text() + f"\noptim:\n  lr: {rate}\n")
+    (best,) = tuned(make_cells(load_summaries(tmp_path)))
+    assert best.lr == 3e-3
