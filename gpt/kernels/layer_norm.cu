@@ -83,6 +83,20 @@ __device__ inline void unpack(const Pack<T>& pack, float (&v)[VEC]) {
 #pragma unroll
     for (int i = 0; i < VEC; i++) v[i] = to_float(pack.v[i]);
 }
+template <>
+__device__ inline void unpack(const Pack<bf16>& pack, float (&v)[VEC]) {  // by words: half the work
+    if constexpr (VEC == 1) {
+        v[0] = to_float(pack.v[0]);
+    } else {
+        alignas(16) unsigned words[(VEC + 1) / 2];
+        *reinterpret_cast<Words<2 * VEC>*>(words) = pack.words;
+#pragma unroll
+        for (int i = 0; i < VEC; i += 2) {
+            v[i] = __uint_as_float(words[i / 2] << 16);
+            v[i + 1] = __uint_as_float(words[i / 2] & 0xffff0000u);
+        }
+    }
+}
 // Two of them in the halves of a word.
 __device__ inline unsigned both(float low, float high, bf16) {
 #if __CUDA_ARCH__ >= 800
@@ -153,9 +167,11 @@ constexpr int STEPS = (C + THREADS * VEC - 1) / (THREADS * VEC);  // accesses of
 constexpr int HELD = CACHED ? STEPS : 1;
 constexpr int UNROLL = CACHED ? STEPS : 4;
 // The first element of each access, and where it is held; the last access may reach past the row.
+constexpr bool FULL = C % (THREADS * VEC) == 0;  // it does not
 #define EACH_ACCESS                                              \
     _Pragma("unroll UNROLL") for (int s = 0; s < STEPS; s++)     \
-        if (const int c = (s * THREADS + lane) * VEC, h = CACHED ? s : 0; c < C)
+        if (const int c = (s * THREADS + lane) * VEC, h = CACHED ? s : 0; \
+            FULL || s < STEPS - 1 || c < C)
 
 #if FORWARD
 
@@ -215,7 +231,8 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
     }
     row_sum(square, rest, shared[1]);
     const float shift = rest * (1.0f / C);  // what the mean lost to rounding
-    const float variance = fmaxf(square * (1.0f / C) - shift * shift, 0.0f);
+    float variance = square * (1.0f / C) - shift * shift;
+    if (variance < 0.0f) variance = 0.0f;  // and a NaN stays one
     const float scale = rsqrtf(variance + eps), offset = -shift * scale;
     EACH_ACCESS {
         if (!CACHED) {
@@ -252,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
     const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight, const float* mean,
     const float* rstd, X_T* dx, B_T* dbranch, float* partial, i64 n_rows) {
     __shared__ float shared[2][ROWS][WARPS][2];
-    __shared__ float sums[ROWS > 1 ? 2 * C : 1];
+    __shared__ float sums[2][ROWS > 1 ? HELD * VEC : 1][THREADS];  // lane by lane: a bank for each
     const int lane = threadIdx.x % THREADS, group = threadIdx.x / THREADS;
     float dgamma[HELD][VEC] = {}, dbeta[HELD][VEC] = {};
     const int stride = gridDim.x * ROWS;
@@ -305,8 +322,8 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
             if (next > 0) {
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
-                    dgamma[h][i] += sums[c + i];
-                    dbeta[h][i] += sums[C + c + i];
+                    dgamma[h][i] += sums[0][h * VEC + i][lane];
+                    dbeta[h][i] += sums[1][h * VEC + i][lane];
                 }
             }
             if (next == ROWS - 1) {
@@ -315,8 +332,8 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
             } else {
 #pragma unroll
                 for (int i = 0; i < VEC; i++) {
-                    sums[c + i] = dgamma[h][i];
-                    sums[C + c + i] = dbeta[h][i];
+                    sums[0][h * VEC + i][lane] = dgamma[h][i];
+                    sums[1][h * VEC + i][lane] = dbeta[h][i];
                 }
             }
         }

@@ -68,7 +68,7 @@ class Kind(NamedTuple):
         """The most elements whose accesses are at most 16 bytes of the wider type, and aligned."""
         sizes = [t.itemsize for t in (self.X_T, self.B_T, self.Y_T, self.W_T)]
         vec = 16 // max(sizes)
-        while self.C % vec or max(sizes) * vec > self.alignment:
+        while vec > 1 and (self.C % vec or max(sizes) * vec > self.alignment):
             vec //= 2
         return vec
 
@@ -114,6 +114,16 @@ def forward_cuda(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in `dtype`, stream (empty where there is no branch), mean and rstd."""
+    C = x.shape[-1]
+    for name, tensor, expected in (
+        ("branch", branch, x.shape),
+        ("weight", weight, (C,)),
+        ("bias", bias, (C,)),
+    ):
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(
+                f"layer_norm: {name} is {tuple(tensor.shape)}; expected {tuple(expected)}"
+            )
     x, weight = x.contiguous(), weight.contiguous()
     branch = None if branch is None else branch.contiguous()
     bias = None if bias is None else bias.to(weight.dtype).contiguous()
