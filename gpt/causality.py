@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -15,6 +16,11 @@ FUTURE, NEIGHBOURS = "later tokens", "other samples"
 UNKNOWN = "what cannot be told, for the probe's output is not finite"
 
 
+def verdict(seen: Sequence[str]) -> str:
+    """What to call a model of which `seen` is all that is known."""
+    return "leaky" if {FUTURE, NEIGHBOURS} & set(seen) else "unknown"
+
+
 @dataclass(frozen=True)
 class Sight:
     """Of FUTURE, NEIGHBOURS and UNKNOWN: what some token's output depends on beside its past."""
@@ -25,20 +31,20 @@ class Sight:
     @property
     def leaky(self) -> bool:
         """Whether training is known to see what it must not."""
-        return bool({FUTURE, NEIGHBOURS} & set(self.training))
+        return verdict(self.training) == "leaky"
 
     def lines(self) -> list[str]:
         """For the console: what may not be compared, and why."""
         lines = []
         if self.training:
             lines.append(
-                f"leaky: in training tokens see {' and '.join(self.training)}; this run's training "
-                "loss is not comparable"
+                f"{verdict(self.training)}: in training tokens see {' and '.join(self.training)}; "
+                "this run's training loss is not comparable"
             )
         if self.evaluation:
             lines.append(
-                f"leaky: in evaluation tokens see {' and '.join(self.evaluation)}; this run's "
-                "validation loss is not a result"
+                f"{verdict(self.evaluation)}: in evaluation tokens see "
+                f"{' and '.join(self.evaluation)}; this run's validation loss is not a result"
             )
         return lines
 

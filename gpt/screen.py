@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gpt.causality import verdict
+
 
 class Terminal(Console):
     def on_broken_pipe(self) -> None:
@@ -50,7 +52,8 @@ class Screen:
         self.say(sample.strip("\n"))
         self.say("-" * 63)
         seen = {
-            mode: f"  (leaky: tokens saw {' and '.join(summary[f'sees_in_{mode}'])})"
+            mode: f"  ({verdict(summary[f'sees_in_{mode}'])}: tokens saw "
+            f"{' and '.join(summary[f'sees_in_{mode}'])})"
             if summary[f"sees_in_{mode}"]
             else ""
             for mode in ("training", "evaluation")

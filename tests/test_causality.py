@@ -73,6 +73,7 @@ def test_a_probe_that_overflows_is_refused_but_no_leak() -> None:
     overflown = sight("norm=dummy", "placement.alpha=1e38", "placement.head=false")
     assert overflown.training == (UNKNOWN,)
     assert not overflown.leaky
+    assert overflown.lines()[0].startswith("unknown: in training tokens see what cannot be told")
     assert sight("norm=batch").leaky
 
 

@@ -166,12 +166,12 @@ __device__ inline void row_sum(float& a, float& b, float (*shared)[2]) {
 constexpr int STEPS = (C + THREADS * VEC - 1) / (THREADS * VEC);  // accesses of a thread to a row
 constexpr int HELD = CACHED ? STEPS : 1;
 constexpr int UNROLL = CACHED ? STEPS : 4;
-// The first element of each access, and where it is held; the last access may reach past the row.
-constexpr bool FULL = C % (THREADS * VEC) == 0;  // it does not
-#define EACH_ACCESS                                              \
-    _Pragma("unroll UNROLL") for (int s = 0; s < STEPS; s++)     \
-        if (const int c = (s * THREADS + lane) * VEC, h = CACHED ? s : 0; \
-            FULL || s < STEPS - 1 || c < C)
+constexpr bool EVEN = C % (THREADS * VEC) == 0;  // else the last access may reach past the row
+// The first element of each access, and where it is held.
+#define EACH_ACCESS                                                          \
+    _Pragma("unroll UNROLL") for (int s = 0; s < STEPS; s++)                 \
+        if (const int c = (s * THREADS + lane) * VEC, h = CACHED ? s : 0;    \
+            EVEN || s < STEPS - 1 || c < C)
 
 #if FORWARD
 
