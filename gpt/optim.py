@@ -8,14 +8,21 @@ import torch
 from torch import nn
 
 from gpt.config import OptimConfig
+from gpt.norms.registry import norms_of
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: no bias, γ or β. One fused kernel on CPU and CUDA."""
+    """AdamW that decays matrices only: no bias, and nothing of a norm, whatever its shape.
+
+    One fused kernel on CPU and CUDA.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    of_norms = {p for norm in norms_of(model) for p in norm.parameters()}
+    decayed = [p for p in parameters if p.dim() >= 2 and p not in of_norms]
+    others = [p for p in parameters if p.dim() < 2 or p in of_norms]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": cfg.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     fused = parameters[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(

@@ -7,8 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from gpt.config import OptimConfig
+from gpt.norms.registry import NORMS
 from gpt.optim import lr_at, make_optimizer
 from gpt.placement import build_model
 from tests.conftest import make_config
@@ -43,3 +45,22 @@ def test_matrices_are_decayed_and_nothing_else(norm: str) -> None:
     for name, p in model.named_parameters():
         expected = before[name] * (1 - 0.1) if p.dim() >= 2 else before[name]
         torch.testing.assert_close(p.detach(), expected)
+
+
+def test_a_norms_parameters_are_not_decayed_whatever_their_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Whitening(nn.Module):
+        """A norm whose γ is a matrix."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 3))
+
+    monkeypatch.setitem(NORMS, "whitening", Whitening)
+    model = nn.Sequential(nn.Linear(3, 3), Whitening())
+    decay = {
+        p: g["weight_decay"] for g in make_optimizer(model, CFG).param_groups for p in g["params"]
+    }
+    linear, norm = model
+    assert [decay[p] for p in (linear.weight, linear.bias, norm.weight)] == [0.1, 0.0, 0.0]
