@@ -82,23 +82,22 @@ def table() -> Table:
     B, T, C = SHAPE
     result.caption = (
         f"bytes: the least that forward moves an element of fp32 · ms: forward and backward of "
-        f"({B}, {T}, {C}) in fp32 on this machine with {torch.get_num_threads()} threads, medians "
-        "taken in turns"
+        f"({B}, {T}, {C}) in fp32 on this machine, {torch.get_num_threads()} thread(s), "
+        "medians taken in turns; layer and batch are torch's fused kernels, others plain PyTorch"
     )
     return result
 
 
-def card(name: str) -> list[str]:
-    """What `name` is, line by line, with the 3×3 example worked out by the norm itself."""
+def card(name: str) -> list[list[str]]:
+    """What `name` is, in four parts of lines: its docstring, what its statistics are taken over in
+    training and, where that differs, in evaluation, and the 3×3 example worked out by the norm."""
     cls = norm_class(name)
+    differs = cls.evaluation_axes != cls.axes
     return [
-        f"{name}: {cls.__name__}",
-        "",
-        *(inspect.getdoc(cls) or "").splitlines(),
-        "",
-        *drawing("in training", cls.axes),
-        *(drawing("in evaluation", cls.evaluation_axes) if cls.evaluation_axes != cls.axes else []),
-        *worked_example(name),
+        [f"{name}: {cls.__name__}", "", *(inspect.getdoc(cls) or "").splitlines(), ""],
+        list(drawing("in training", cls.axes)),
+        list(drawing("in evaluation", cls.evaluation_axes)) if differs else [],
+        list(worked_example(name)),
     ]
 
 
@@ -128,11 +127,12 @@ def drawing(when: str, axes: tuple[str, ...]) -> Iterator[str]:
 
 
 def numbers(values: Tensor) -> str:
-    return "  ".join(f"{value:8.3f}" for value in (values.detach() + 0.0).flatten().tolist())
+    rounded = values.detach().round(decimals=3) + 0.0  # no -0.000
+    return "  ".join(f"{value:8.3f}" for value in rounded.flatten().tolist())
 
 
 def rows(values: Tensor) -> list[str]:
-    return [f"  {letter}  {numbers(row)}" for letter, row in zip("ABC", values, strict=True)]
+    return [f"  {letter:<18}{numbers(row)}" for letter, row in zip("ABC", values, strict=True)]
 
 
 def worked_example(name: str) -> Iterator[str]:
@@ -146,16 +146,18 @@ def worked_example(name: str) -> Iterator[str]:
     if cls.axes and set(cls.axes) != set(DIMS):
         dims = [DIMS[axis] for axis in cls.axes]
         mean, variance = x.mean(dims, keepdim=True), x.var(dims, unbiased=False, keepdim=True)
-        yield f"over each {'row' if cls.axes == ('C',) else 'column'}"
+        yield "over each row, of A, B and C" if cls.axes == ("C",) else "over each column"
         yield f"  mean              {numbers(mean)}"
         yield f"  biased variance   {numbers(variance)}"
-        yield f"  unbiased variance {numbers(x.var(dims))}   what torch.var gives by default"
+        yield f"  unbiased variance {numbers(x.var(dims))}   torch.var's"
         yield f"  root mean square  {numbers(x.square().mean(dims).sqrt())}"
         if "shift" in cls.invariances:
             yield "minus the mean"
             yield from rows((x - mean).view(3, 3))
             yield "and divided by the root of the biased variance"
             yield from rows(((x - mean) / variance.sqrt()).view(3, 3))
+    if cls.evaluation_axes != cls.axes:
+        norm.momentum = 1.0  # the running statistics are this batch's
     y = norm(x)
     yield "what the norm gives, as training begins"
     yield from rows(y.view(3, 3))
@@ -186,8 +188,8 @@ def gradients(norm: Any, y: Tensor) -> Iterator[str]:
 def alone(norm: Any, x: Tensor) -> Iterator[str]:
     """What is left where there is no batch: one sample, as in generating text."""
     norm.eval()
-    yield "token B alone, in evaluation"
-    token = x.reshape(3, 1, 3)[1:2]
-    yield f"  with running statistics       {numbers(norm(token))}"
+    yield "token C alone, in evaluation"
+    token = x.reshape(3, 1, 3)[2:]
+    yield f"  with running statistics, here of the batch above  {numbers(norm(token))}"
     norm.batch_stats = True
-    yield f"  with its own, a batch of one  {numbers(norm(token))}"
+    yield f"  with its own, a batch of one                      {numbers(norm(token))}"

@@ -75,7 +75,8 @@ def run(app: Callable[[], None]) -> None:
 
 def refuse_usage(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """In place of argparse's, Hydra's too: one line without the usage."""
-    raise UserError(f"{parser.prog}: {message}; see --help")
+    hint = "; an override is KEY=VALUE" if parser.description == "Hydra" else ""
+    raise UserError(f"{parser.prog}: {message}{hint}; see --help")
 
 
 def tell(error: Exception) -> int:
@@ -110,6 +111,8 @@ def explain_hydra(error: Exception) -> str:
         options = sorted(error.options)
         return f"{group}={name}: expected one of {', '.join(options)}{nearest(name, options)}"
     if isinstance(error, OverrideParseException):
+        if "=" not in error.override:
+            return f"{error.override}: expected KEY=VALUE, such as norm=layer"
         return f"{error.override}: not an override ({str(error).splitlines()[0]}); quote the value"
     if "Ambiguous value" in str(error):  # of several values in a single run
         override = str(error).splitlines()[0].partition("'")[2].rstrip("'")

@@ -23,14 +23,13 @@ def slot(placement: PlacementConfig, site: str, n_layer: int) -> bool | str:
 
 def block_plan(placement: PlacementConfig, l: int, L: int) -> BlockPlan:  # noqa: E741
     """The plan of block `l` of `L`, counted from 1."""
-    numbers = {
-        key: float(placement.value(key, l, L, float))
-        for key in ("alpha", "scale", *(f"init.{part}" for part in placement.init))
-    }
-    alpha, scale = numbers.pop("alpha"), numbers.pop("scale")
-    gain = {key.removeprefix("init."): value for key, value in numbers.items()}
+
+    def number(key: str) -> float:
+        return float(placement.value(key, l, L, float))
+
+    gain = {weight: number(f"init.{weight}") for weight in placement.init}
     std = None if placement.xavier else 0.02
-    return BlockPlan(alpha, scale, placement.parallel, std, gain)
+    return BlockPlan(number("alpha"), number("scale"), placement.parallel, std, gain)
 
 
 def build_model(cfg: Config, vocab_size: int) -> GPT:

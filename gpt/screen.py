@@ -52,13 +52,15 @@ class Screen:
         self.say(sample.strip("\n"))
         self.say("-" * 63)
         seen = {
-            mode: f"  ({verdict(summary[f'sees_in_{mode}'])}: tokens saw "
+            mode: f"  ({verdict(summary[f'sees_in_{mode}'])}: tokens see "
             f"{' and '.join(summary[f'sees_in_{mode}'])})"
             if summary[f"sees_in_{mode}"]
             else ""
             for mode in ("training", "evaluation")
         }
-        self.say(f"train loss {summary['train_loss']:.4f}{seen['training']}")
+        self.say(
+            f"train loss {summary['train_loss']:.4f}  mean of the last steps{seen['training']}"
+        )
         self.say(
             f"val loss   {summary['val_loss']:.4f}  {summary['val_bpb']:.4f} bits per byte"
             + seen["evaluation"]

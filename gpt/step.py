@@ -71,7 +71,7 @@ def update(
         for group in optimizer.param_groups:
             group["lr"] = lr
         if optimizer.defaults["fused"]:
-            skip = (~both_finite).float()  # without waiting
+            skip = (~both_finite).float()  # decided on the device, so that nothing waits
             optimizer.found_inf = skip  # type: ignore[attr-defined]
             optimizer.step()
         elif both_finite:

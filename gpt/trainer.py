@@ -50,8 +50,8 @@ from gpt.step import Row, is_finite, read, update, where_not_finite
 from gpt.surgery import source_sha256, transplant
 from gpt.tokenizer import save_tokenizer, token_bytes
 
-READ_EVERY = 10  # on an accelerator losses are read once in so many steps, since reading waits
-TRAIN_LOSS_OVER = 50  # the summary's training loss is the mean over so many last steps
+READ_EVERY = 10  # steps: on an accelerator each reading of losses waits for the device
+TRAIN_LOSS_OVER = 50  # last steps: the summary's training loss is the mean over them
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
 
             evaluating = step % t.eval_every == 0 or step == t.steps
             reading = device.type == "cpu" or step % READ_EVERY == 0
-            # Looked at once, and by all processes alike: what says "stopped" has been saved.
+            # Looked at once, by all processes alike: only what was saved may say "stopped".
             stopping = (reading or world_size() == 1) and on_any_process(bool(signals))
             saving = step % t.checkpoint_every == 0 or step == t.steps or stopping
             if not (reading or counting or evaluating or saving):

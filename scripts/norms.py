@@ -26,13 +26,14 @@ def main() -> None:
     if args.module:
         load_module(args.module)
     if args.compare:
-        pairs = zip_longest(*map(cards.card, args.compare), fillvalue="")
-        columns = list(pairs)
-        width = max(len(left) for left, _ in columns)
-        for left, right in columns:
+        lines: list[tuple[str, str]] = []
+        for part in zip(*map(cards.card, args.compare), strict=True):  # level with its like
+            lines += zip_longest(*part, fillvalue="")
+        width = max(len(left) for left, _ in lines)
+        for left, right in lines:
             print(f"{left:<{width}}  │  {right}")
     elif args.name:
-        print("\n".join(cards.card(args.name)))
+        print("\n".join(line for part in cards.card(args.name) for line in part))
     else:
         console = Console()
         if not console.is_terminal:

@@ -38,7 +38,9 @@ def main(raw: DictConfig) -> None:
         counts = fold(model)
         if not counts["folded"] + counts["affine"]:
             raise ConfigError("fold=true: no norm of this run is a fixed map in evaluation")
-        print(", ".join(f"{n} {what}" for what, n in counts.items()), file=sys.stderr)
+        folded, affine, kept = counts.values()
+        left = f"{affine} left as a scale and a shift, {kept} kept"
+        print(f"norms: {folded} folded into Linears, {left}", file=sys.stderr)
     print(cfg.prompt, end="", flush=True)
     with batch_statistics(model) if cfg.batch_stats else nullcontext():
         for piece in generate(

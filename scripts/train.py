@@ -38,8 +38,9 @@ def main(raw: DictConfig) -> None:
 
         load_module(cfg.norm["module"])
     sweeping = hydra_config.mode == RunMode.MULTIRUN
-    if hydra_config.runtime.choices.get("sweep") and not sweeping:
-        raise ConfigError("sweep=...: add -m to run its cells, or leave it out for a single run")
+    sweep = hydra_config.runtime.choices.get("sweep")
+    if sweep and not sweeping:
+        raise ConfigError(f"sweep={sweep}: add -m to run its cells, or leave it out for one run")
     if sweeping:  # on a terminal the sweep's own table shows how far its cells are
         train(cfg, root=Path(hydra_config.sweep.dir), quiet=sys.stdout.isatty())
     else:

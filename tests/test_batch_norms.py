@@ -144,7 +144,7 @@ def test_sampling_folds_on_request_and_says_the_same(corpus: Path, tmp_path: Pat
         assert result.returncode == 0, result.stderr
         texts.append(result.stdout)
     assert texts[0] == texts[1]
-    assert result.stderr == "4 folded, 1 affine, 0 kept\n"
+    assert result.stderr == "norms: 4 folded into Linears, 1 left as a scale and a shift, 0 kept\n"
 
 
 # --- norms that change while training -----------------------------------------------------------

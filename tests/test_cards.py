@@ -10,15 +10,19 @@ from tests.conftest import BUILDABLE
 from tests.programs import run_program
 
 
+def lines(name: str) -> list[str]:
+    return [line for part in cards.card(name) for line in part]
+
+
 def test_every_norm_has_a_card(norm_name: str) -> None:
-    text = "\n".join(cards.card(norm_name))
+    text = "\n".join(lines(norm_name))
     assert text.startswith(f"{norm_name}: {NORMS[norm_name].__name__}\n")
     assert "in training: " in text
     assert "what the norm gives, as training begins" in text
 
 
 def line(name: str, start: str) -> list[float]:
-    found = next(row for row in cards.card(name) if row.strip().startswith(start))
+    found = next(row for row in lines(name) if row.strip().startswith(start))
     return [float(word) for word in found.split() if word.lstrip("-").replace(".", "").isdigit()]
 
 
@@ -37,8 +41,8 @@ def test_gamma_s_gradient_on_the_card_is_the_sum_over_tokens() -> None:
 
 
 def test_the_card_shows_why_batch_norm_fails_on_one_sample() -> None:
-    # After one batch: mean 0.1·4, variance 0.9 + 0.1·9; (4 − 0.4)/√1.8
-    assert line("batch", "with running statistics")[0] == pytest.approx(2.683, abs=1e-3)
+    # Of token C, (7 − 4)/√9: the running variance is unbiased, 9 and not 6.
+    assert line("batch", "with running statistics") == [1, 1, 1]
     assert line("batch", "with its own, a batch of one") == [0, 0, 0]
 
 
@@ -52,7 +56,7 @@ def test_the_drawing_shows_rows_and_columns() -> None:
 
 
 def test_a_norm_that_fades_says_what_evaluation_looks_at_meanwhile() -> None:
-    text = "\n".join(cards.card("prepbn"))
+    text = "\n".join(lines("prepbn"))
     assert "in evaluation: the statistics of ◆ are taken over it and every ■ (C)" in text
 
 
@@ -70,6 +74,8 @@ def test_the_program_lists_all_norms_and_compares_two() -> None:
     both = run_program("--compare", "layer", "batch", script="norms").stdout
     assert "layer: LayerNorm" in both
     assert "│  batch: BatchNorm" in both
+    assert "token 1   · · · ·     · · · ·  " in both  # what is drawn stands side by side
+    assert "-0.000" not in both
     wrong = run_program("batc", script="norms")
     assert wrong.returncode == 78
     assert "did you mean 'batch'" in wrong.stderr

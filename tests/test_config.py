@@ -87,6 +87,7 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("norm.name=5", "norm.name=5: expected a norm's name"),
         ("~norm.name", "norm.name=None: expected a norm's name"),
         ("norm=[", "norm=[: not an override"),
+        ("norm", "norm: expected KEY=VALUE, such as norm=layer"),
         ("norm=layer,rms", "norm=layer,rms: one value expected; add -m to run one after another"),
     ],
 )  # fmt: skip

@@ -36,7 +36,8 @@ class BatchNorm(nn.Module):
     momentum  in [0, 1], the weight of the newest batch
 
     Use it to see what a norm over the batch does, or where inference must cost nothing: it folds
-    into the next Linear. Not with small batches, nor where a training loss must mean anything.
+    into the next Linear. Not where a training loss must mean anything; a small batch's statistics
+    are noisy.
     Training on a single value per feature (B·T = 1) raises ValueError: its variance is 0.
     Ioffe, Szegedy 2015, arXiv:1502.03167.
     """

@@ -34,9 +34,9 @@ class LayerNorm(nn.Module):
     n_embd    C
     eps       ε ≥ 0
     bias      whether there is a β
-    affine    whether there are γ and β; without them OLMo's
-    unbiased  σ² ÷ C−1, as `torch.var` has it by default: the classic mismatch, to be seen
-    fast      `F.layer_norm`; otherwise the formula above it in this file
+    affine    whether there are γ and β; OLMo has none
+    unbiased  divide by C − 1, as `torch.var` does by default: the classic mistake, to see it
+    fast      `F.layer_norm`; false: the formula in gpt/norms/layer.py
 
     Use it where a model must treat a token the same in any company, from any batch: the default.
     Ba, Kiros, Hinton 2016, arXiv:1607.06450.

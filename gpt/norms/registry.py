@@ -80,7 +80,7 @@ def norm_class(name: str) -> Any:
 
 
 def load_module(path: str) -> None:
-    """Run a Python file of the user's, whose norms register themselves; a second time is nothing.
+    """Run a Python file of the user's, whose norms register themselves; a second call does nothing.
 
     Only a path that was given on the command line gets here.
     """
