@@ -51,40 +51,45 @@ class Sight:
 
 @torch.no_grad()
 def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int) -> Sight:
-    """Change one sample from some token on and look which other outputs change: from the last, from
-    the middle, and from the second, since a norm may look at a part of its sample alone.
+    """Change one sample and look which other outputs change: each of three, from its first token
+    on, its second, its middle and its last, since a norm may look at a part of the batch alone.
 
     Once as at the first training step and once as at the last, since some norms change on the way;
-    and with random weights, since initial ones may hide what training brings out (a γ or a branch
-    that starts at 0). The model is left in training mode, its weights and buffers as they were.
+    in training with gradients on, as there; and with random weights, since initial ones may hide
+    what training brings out (a γ or a branch that starts at 0). The model is left in training mode,
+    its weights and buffers as they were.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    kept = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    idx = torch.randint(vocab_size, (3, min(block_size, 128)), generator=generator).to(device)
-    kept = {name: tensor.clone() for name, tensor in tensors.items()}
-    buffers = dict(model.named_buffers())
+    T = min(block_size, 128)
+    idx = torch.randint(vocab_size, (3, T), generator=generator).to(device)
+    changes = list(product(range(len(idx)), sorted({0, min(1, T - 1), T // 2, T - 1})))
 
     def output(tokens: Tensor, step: int) -> Tensor:
-        for name, buffer in buffers.items():
+        for name, buffer in model.named_buffers():
             buffer.copy_(kept[name])
         begin_step(model, step, steps)
         torch.manual_seed(0)  # the same dropout in both
-        return model(tokens)[0].float()
+        with torch.set_grad_enabled(model.training):
+            return model(tokens)[0].detach().float()
 
     def sight() -> tuple[str, ...]:
         found = set()
-        T = idx.shape[1]
-        for step, first in product((1, steps), {min(1, T - 1), T // 2, T - 1}):
-            other = idx.clone()
-            other[0, first:] = (other[0, first:] + 1) % vocab_size
-            change = (output(idx, step) - output(other, step)).abs()
-            if not bool(change.isfinite().all()):
-                found.add(UNKNOWN)
-            # A change in rounding alone, which some devices' kernels may show, is no sight.
-            least = 1e-6 * change[0, first:].max()
-            places = {FUTURE: change[0, :first], NEIGHBOURS: change[1:]}
-            found |= {name for name, c in places.items() if c.numel() and bool((c > least).any())}
+        for step in (1, steps):
+            unchanged = output(idx, step)
+            for sample, first in changes:
+                other = idx.clone()
+                other[sample, first:] = (other[sample, first:] + 1) % vocab_size
+                change = (output(other, step) - unchanged).abs()
+                if not bool(change.isfinite().all()):
+                    found.add(UNKNOWN)
+                # A change in rounding alone, which some devices' kernels may show, is no sight.
+                seen = change > 1e-6 * change[sample, first:].max()
+                if bool(seen[sample, :first].any()):
+                    found.add(FUTURE)
+                if bool(seen[:sample].any() or seen[sample + 1 :].any()):
+                    found.add(NEIGHBOURS)
         return tuple(what for what in (FUTURE, NEIGHBOURS, UNKNOWN) if what in found)
 
     for parameter in model.parameters():
@@ -97,10 +102,15 @@ def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int) -> Sig
     evaluation = sight()
     model.train()
     training = sight()
-    for name, tensor in tensors.items():
+    for name, tensor in tensors_of(model).items():
         tensor.copy_(kept[name])
     begin_step(model, 1, steps)
     return Sight(training, evaluation)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """As they are now: a norm may bind a buffer anew instead of writing into it."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def refuse_leaks(sight: Sight) -> None:

@@ -59,14 +59,66 @@ def test_neither_branches_that_start_at_zero_nor_overflow_hide_a_leak(overrides:
     assert sight(*overrides).training
 
 
-def test_a_leak_in_the_first_half_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a norm over the first tokens of its sample, the last token shows nothing."""
+def first_half(norm: LayerNorm, x: Tensor) -> Tensor:
+    """The last token shows nothing."""
+    return x - x[:, : x.shape[1] // 2].mean(1, keepdim=True)
 
-    def first_half(self: LayerNorm, x: Tensor) -> Tensor:
-        return x - x[:, : x.shape[1] // 2].mean(1, keepdim=True)
 
-    monkeypatch.setattr(LayerNorm, "forward", first_half)
-    assert sight() == Sight((FUTURE,), (FUTURE,))
+def first_token_of_the_batch(norm: LayerNorm, x: Tensor) -> Tensor:
+    return x - x[:1, :1]
+
+
+def last_token_of_the_batch(norm: LayerNorm, x: Tensor) -> Tensor:
+    return x - x[-1:, -1:]
+
+
+def later_samples(norm: LayerNorm, x: Tensor) -> Tensor:
+    return x - x.flip(0).cumsum(0).flip(0)
+
+
+def earlier_samples(norm: LayerNorm, x: Tensor) -> Tensor:
+    return x - x.cumsum(0)
+
+
+def the_batch_where_gradients_are_on(norm: LayerNorm, x: Tensor) -> Tensor:
+    return x - x.mean(0) if torch.is_grad_enabled() else x
+
+
+@pytest.mark.parametrize(
+    ("forward", "training", "evaluation"),
+    [
+        (first_half, (FUTURE,), (FUTURE,)),
+        (first_token_of_the_batch, (NEIGHBOURS,), (NEIGHBOURS,)),
+        (last_token_of_the_batch, (FUTURE, NEIGHBOURS), (FUTURE, NEIGHBOURS)),
+        (later_samples, (NEIGHBOURS,), (NEIGHBOURS,)),
+        (earlier_samples, (NEIGHBOURS,), (NEIGHBOURS,)),
+        (the_batch_where_gradients_are_on, (NEIGHBOURS,), ()),
+    ],
+)
+def test_a_leak_in_a_corner_is_found(
+    forward: Callable[[LayerNorm, Tensor], Tensor],
+    training: tuple[str, ...],
+    evaluation: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LayerNorm, "forward", forward)
+    assert sight() == Sight(training, evaluation)
+
+
+def test_a_norm_that_binds_its_buffer_anew_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def counting(self: LayerNorm, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return x - x.mean(0) if self.calls > 1 else x
+
+    monkeypatch.setattr(LayerNorm, "forward", counting)
+    model = build_model(make_config("data=pydoc"), 61)
+    norms = [module for module in model.modules() if isinstance(module, LayerNorm)]
+    for norm in norms:
+        norm.register_buffer("calls", torch.zeros(()))
+    probe(model, 61, 32, 100)
+    assert all(norm.calls == 0 for norm in norms)
 
 
 def test_a_probe_that_overflows_is_refused_but_no_leak() -> None:
