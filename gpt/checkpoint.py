@@ -14,6 +14,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,14 +35,14 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 class TrainState:
     """All that changes while training; batches and dropout follow from `step`.
 
-    setting  what must be the same when resuming, beside the configuration: the tokens, the
-             weights of `init.from`, the device and the precision that `auto` stood for
+    setting  what must be the same when resuming, beside the configuration: what the run is
+             made of, the device and the precision that `auto` stood for
     """
 
     step: int
     model: GPT
     optimizer: torch.optim.Optimizer
-    setting: dict[str, str]
+    setting: dict[str, Any]
 
 
 def save(run_dir: Path, state: TrainState, keep: int) -> None:
@@ -87,13 +88,14 @@ def restore(run_dir: Path, state: TrainState) -> bool:
         return False
     progress = read_json(folder / "state.json")
     for key, here in state.setting.items():
-        there = progress["setting"].get(key, here)  # a source that was removed is back
-        if there != here:
+        there = progress["setting"].get(key)
+        if None not in (there, here) and there != here:  # None: of init.from, it may be removed
             raise DataError(
                 f"{folder}: its {key} was {there}, here it is {here}; bring that back or use "
                 "another run_dir"
             )
     state.step = progress["step"]
+    state.setting |= progress["setting"]
     state.model.load_state_dict(load_file(folder / "model.safetensors"))
     load_optimizer(state.model, state.optimizer, load_file(folder / "optimizer.safetensors"))
     return True

@@ -17,6 +17,8 @@ from gpt.files import flatten, read_json
 # Keys that change no result.
 UNSEEN = {"wandb.mode", "wandb.project", "device", "train.stats_every", "train.checkpoint_every",
           "train.keep_checkpoints"}  # fmt: skip
+# What runs are made of beside their configuration, and its name where it differs between them.
+SOURCES = {"corpus_sha256": "text", "init_sha256": "init.weights", "norm_sha256": "norm.code"}
 
 
 def load_summaries(*folders: Path) -> list[dict[str, Any]]:
@@ -77,7 +79,7 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What tells each run from the others: what all labels have, and any other key that differs."""
     configs = [read_config(s["run_dir"]) for s in summaries]
     named = {"norm.name", "placement.name", "train.batch_size", "seed", "run_dir"}
-    texts = {s.get("corpus_sha256") for s in summaries}  # another Python has another pydoc
+    several = [k for k in SOURCES if len({s.get(k) for s in summaries} - {None}) > 1]
     keys = sorted({key for config in configs for key in config} - named - UNSEEN)
 
     def group(config: dict[str, Any], key: str) -> tuple[str, Any]:
@@ -96,8 +98,7 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for key in keys:
             if key in config and len(values[group(config, key)]) > 1:
                 traits[key] = config[key]
-        if len(texts) > 1:
-            traits["text"] = str(s.get("corpus_sha256"))[:8]
+        traits |= {SOURCES[k]: s[k][:8] for k in several if s.get(k)}
         found.append(traits)
     return found
 

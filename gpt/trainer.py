@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt import checkpoint, stats
 from gpt.causality import Sight, probe, refuse_leaks
-from gpt.checkpoint import TrainState
+from gpt.checkpoint import TrainState, sha256
 from gpt.config import Config, save_config
 from gpt.data import Data, TrainBatches, ValBatches, prepare
 from gpt.device import (
@@ -52,6 +52,12 @@ from gpt.tokenizer import save_tokenizer, token_bytes
 
 READ_EVERY = 10  # steps: on an accelerator each reading of losses waits for the device
 TRAIN_LOSS_OVER = 50  # last steps: the summary's training loss is the mean over them
+ANOTHER = {  # in words, where one of a run's `sources` is another
+    "corpus_sha256": "on another text",
+    "train_bytes": "on another split of its text",
+    "init_sha256": "from other weights in init.from",
+    "norm_sha256": "with another norm.module",
+}
 
 
 @dataclass(frozen=True)
@@ -123,29 +129,30 @@ def sample_text(run: Run, model: GPT) -> str:
 
 
 def finished(run_dir: Path, cfg: Config, data: Data, screen: Screen) -> dict[str, Any]:
-    """The summary of a run that is done, if it is this run on this text, from these weights."""
+    """The summary of a run that is done, if it is made of what this run is made of."""
     summary = read_json(run_dir / "summary.json")
     if summary.get("config_hash") != cfg.hash():
         raise ConfigError(f"{run_dir} is finished under another configuration; use another run_dir")
-    text = data.train.header
-    for key, here in (("corpus_sha256", text.corpus_sha256), ("train_bytes", text.n_bytes)):
-        if summary.get(key, here) != here:
-            raise DataError(
-                f"{run_dir} is finished, on another text of data={cfg.data.name} or another split "
-                "of it; use another run_dir"
-            )
-    then, now = summary.get("init_sha256"), source_sha256(cfg)
-    if then and now and then != now:
-        raise DataError(
-            f"{run_dir} is finished, from other weights than init.from={cfg.init['from']} has now; "
-            "use another run_dir"
-        )
+    for key, now in sources(cfg, data).items():
+        if None not in (now, summary.get(key)) and now != summary[key]:
+            raise DataError(f"{run_dir} is finished, {ANOTHER[key]} than now; use another run_dir")
     if "diverged_at" in summary:
         raise Diverged(
             f"{run_dir} diverged at step {summary['diverged_at']} before, and is not tried again"
         )
     screen.say(f"{run_dir} is finished already", style="green")
     return summary
+
+
+def sources(cfg: Config, data: Data) -> dict[str, Any]:
+    """What a run is made of beside its configuration: it must be the same when it resumes."""
+    module = cfg.norm.get("module")
+    return {
+        "corpus_sha256": data.train.header.corpus_sha256,
+        "train_bytes": data.train.header.n_bytes,
+        "init_sha256": source_sha256(cfg),
+        "norm_sha256": sha256(Path(module)) if module else None,
+    }
 
 
 def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run, TrainState]:
@@ -165,16 +172,12 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
     if cfg.strict_causal:
         refuse_leaks(sight)
     setting = {
-        "corpus": data.train.header.corpus_sha256,
-        "bytes to train on": str(data.train.header.n_bytes),
+        **sources(cfg, data),
         "tokenizer": data.train.header.fingerprint,
         "device": device.type,
         "precision": precision(device, cfg.dtype),
         "configuration": cfg.hash(),
     }
-    source = source_sha256(cfg)
-    if source:
-        setting["init.from"] = source
     state = TrainState(0, model, make_optimizer(model, cfg.optim), setting)
     return Run(cfg, run_dir, device, data, sight, screen), state
 
@@ -307,10 +310,8 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
         # The first steps may compile, those with statistics take longer.
         "tokens_per_s": median([r["tokens_per_s"] for r in rows if "tokens_per_s" in r] or [0.0]),
         "corpus": cfg.data.name,
-        "corpus_sha256": run.data.train.header.corpus_sha256,
-        "train_bytes": run.data.train.header.n_bytes,
+        **{key: state.setting[key] for key in ANOTHER},
         "tokenizer": run.data.tokenizer.name,
-        "init_sha256": state.setting.get("init.from"),
         "config_hash": cfg.hash(),
         "torch": torch.__version__,
         "peak_memory": peak_memory(run.device),

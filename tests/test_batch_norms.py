@@ -306,15 +306,19 @@ def test_a_source_that_has_other_weights_now_is_told(
     shutil.copytree(source, moved)
     assert transplanted(moved, corpus, run_dir).returncode == 0
     assert "is finished already" in transplanted(moved, corpus, run_dir).stdout
+    taken = json.loads((run_dir / "summary.json").read_text())["init_sha256"]
     shutil.rmtree(moved)
     assert "is finished already" in transplanted(moved, corpus, run_dir).stdout
+    (run_dir / "DONE").unlink()
+    assert "resuming" in transplanted(moved, corpus, run_dir).stdout
+    assert json.loads((run_dir / "summary.json").read_text())["init_sha256"] == taken
     train(make_config("data=text", f"data.path={corpus}", f"run_dir={moved}", "seed=2"))
     finished = transplanted(moved, corpus, run_dir)
     (run_dir / "DONE").unlink()
     stopped = transplanted(moved, corpus, run_dir)
     for result, words in (
         (finished, "is finished, from other weights"),
-        (stopped, "init.from was"),
+        (stopped, "init_sha256 was"),
     ):
         assert result.returncode == 65
         assert words in result.stderr

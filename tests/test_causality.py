@@ -217,6 +217,26 @@ def test_a_norm_of_one_s_own_runs_from_the_command_line_and_its_leak_is_found(
     assert missing.stderr == "error: norm module her_norms.py: no such file\n"
 
 
+def test_a_norm_of_one_s_own_that_was_edited_is_another(corpus: Path, tmp_path: Path) -> None:
+    """Neither is a finished run taken for one by the new code, nor does one go on with it."""
+    (tmp_path / "my_norms.py").write_text(OWN)
+    args = ["data=text", f"data.path={corpus}", "tokenizer=bytes", "train.steps=1", "device=cpu",
+            "train.eval_tokens=256", "model.n_layer=1", "wandb.mode=disabled", "run_dir=run",
+            "norm=module", "norm.module=my_norms.py", "norm.name=mine"]  # fmt: skip
+    assert run_program(*args, cwd=tmp_path).returncode == 0
+    assert "is finished already" in run_program(*args, cwd=tmp_path).stdout
+    (tmp_path / "my_norms.py").write_text(OWN.replace("(0, 1)", "1, keepdim=True"))
+    finished = run_program(*args, cwd=tmp_path)
+    (tmp_path / "run" / "DONE").unlink()
+    stopped = run_program(*args, cwd=tmp_path)
+    for result, words in (
+        (finished, "is finished, with another norm.module than now"),
+        (stopped, "norm_sha256 was"),
+    ):
+        assert result.returncode == 65
+        assert words in result.stderr
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [

@@ -142,7 +142,7 @@ def test_other_tokens_are_refused(
     cfg = run_dir / "config.yaml"
     old = next(line for line in cfg.read_text().splitlines() if line.startswith("  path:"))
     cfg.write_text(cfg.read_text().replace(old, f"  path: {text}"))
-    with pytest.raises(DataError, match=r"its corpus was [0-9a-f]{64}, here"):
+    with pytest.raises(DataError, match=r"its corpus_sha256 was [0-9a-f]{64}, here"):
         train(config("norm=batch", f"run_dir={run_dir}", f"data.path={text}"))
 
 
@@ -153,7 +153,7 @@ def test_a_finished_run_on_a_text_that_changed_is_not_taken_for_this_one(
     text.write_text("one text\n" * 500)
     train(config(f"data.path={text}"))
     text.write_text("another text\n" * 500)
-    with pytest.raises(DataError, match="is finished, on another text of data=text"):
+    with pytest.raises(DataError, match="is finished, on another text than now"):
         train(config(f"data.path={text}"))
 
 
