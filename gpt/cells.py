@@ -174,26 +174,29 @@ def curve_limits(cells: list[Cell]) -> tuple[float, float]:
 
 
 def baseline(cell: Cell, cells: list[Cell], versus: Baseline) -> Cell | None:
-    """The cell to compare with, at its best learning rate, that differs in nothing but the key.
+    """The cell to compare with, at its best learning rate, that differs in nothing but the key: of
+    those whose norm has the same eps and the like, if there are any.
 
     None where there is none, or several.
     """
     if versus.is_it(cell) or cell.leaky:
         return None
-    mine = read_config(cell.runs[0]["run_dir"])
 
     def rest(c: Cell) -> str:
         return label(without(c.traits, "optim.lr", versus.key))
 
-    def agrees(other: Cell) -> bool:
-        """Two norms' common options, such as eps, are equal."""
-        theirs = read_config(other.runs[0]["run_dir"])
-        shared = [k for k in mine.keys() & theirs.keys() if k.startswith("norm.")]
-        return all(mine[k] == theirs[k] for k in shared if k != "norm.name")
-
     found = [c for c in cells if versus.is_it(c) and not c.leaky and rest(c) == rest(cell)]
-    found = [c for c in tuned(found) if agrees(c)] or tuned(found)
+    found = [c for c in tuned(found) if not unlike(c, cell)] or tuned(found)
     return found[0] if len(found) == 1 else None
+
+
+def unlike(cell: Cell, other: Cell) -> list[str]:
+    """Of two norms the options that both have, with different values: norm.eps and the like."""
+    a, b = (read_config(c.runs[0]["run_dir"]) for c in (cell, other))
+    if a.get("norm.name") == b.get("norm.name"):
+        return []
+    shared = sorted(k for k in a.keys() & b.keys() if k.startswith("norm.") and k != "norm.name")
+    return [k for k in shared if a[k] != b[k]]
 
 
 def difference(cell: Cell, other: Cell) -> tuple[float, float | None, int] | None:

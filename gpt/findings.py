@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterator
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from gpt.cells import UNITS, Baseline, Cell, baseline, difference, in_order, interval, tuned
+import numpy as np
+
+from gpt.cells import UNITS, Baseline, Cell, baseline, difference, in_order, interval, tuned, unlike
 from gpt.files import flatten, read_jsonl
 
 MANY = 40  # cells with curves and heat maps of their own; tables and intervals have them all
 
 # Of the last row of `stats.jsonl`: a column's name, the statistic's, and what of its depths.
+# NumPy's least and largest are NaN where one of them is.
 ACTIVATIONS: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
     ("stream rms at the embedding", "residual: after/rms", itemgetter(0)),
     ("after the last block", "residual: after/rms", itemgetter(-1)),
     ("its kurtosis", "residual: after/kurtosis", itemgetter(-1)),
     ("its variance between features", "residual: after/outliers", itemgetter(-1)),
-    ("a block turns it by, least", "residual: angle", min),
-    ("largest attention logit", "attention: max_logit", max),
-    ("attention entropy, least", "attention: entropy", min),
-    ("log Z", "output: log_z", max),
-    ("tid_mean, largest", "sites: tid_mean", max),
-    ("tid_std, largest", "sites: tid_std", max),
+    ("a block turns it by, least", "residual: angle", np.min),
+    ("largest attention logit", "attention: max_logit", np.max),
+    ("attention entropy, least", "attention: entropy", np.min),
+    ("log Z", "output: log_z", np.max),
+    ("tid_mean, largest", "sites: tid_mean", np.max),
+    ("tid_std, largest", "sites: tid_std", np.max),
 )
 
 
@@ -64,7 +68,8 @@ def table(cells: list[Cell], versus: Baseline) -> list[dict[str, str]]:
         row["sees in training"] = " and ".join(first["sees_in_training"]) or "its past"
         row["sees in evaluation"] = " and ".join(first["sees_in_evaluation"]) or "its past"
         order = interval(bpb)[0] if bpb else 0.0
-        rows.append((cell.leaky, not losses, order, row))
+        lost = len(cell.runs) - len(losses)
+        rows.append((cell.leaky, lost / len(cell.runs), order, row))
     return [row for *_, row in sorted(rows, key=lambda r: r[:3])]
 
 
@@ -79,7 +84,7 @@ def activations(cells: list[Cell]) -> list[dict[str, str]]:
         for lines in filter(None, stats):
             ends.append({})
             for name, _, value in numbers(lines[-1]):
-                ends[-1].setdefault(name, []).append(value)
+                ends[-1].setdefault(name, []).append(math.nan if value is None else value)
         steps = sorted({lines[-1]["step"] for lines in stats if lines})
         row = {"cell": cell.label, "at step": ", ".join(map(str, steps))}
         for column, name, pick in ACTIVATIONS:
@@ -89,12 +94,13 @@ def activations(cells: list[Cell]) -> list[dict[str, str]]:
     return rows
 
 
-def numbers(row: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """The name, the depth or site, and the value of every number in a row of `stats.jsonl`."""
+def numbers(row: dict[str, Any]) -> Iterator[tuple[str, str, float | None]]:
+    """The name, the depth or site, and the value of every number in a row of `stats.jsonl`; None is
+    one that was not finite."""
     for group in row.keys() - {"step"}:
         for depth, entry in row[group].items():
             for key, value in flatten(entry, "/").items():
-                if isinstance(value, (int, float)):  # no histogram, no null
+                if not isinstance(value, list):  # a histogram
                     yield f"{group}: {key}", depth, value
 
 
@@ -113,6 +119,11 @@ def compared(cell: Cell, other: Cell) -> str:
         line += f" over {pairs} seeds: {'worse' if mean > 0 else 'better'} beyond chance."
     else:
         line += f" over {pairs} seeds: no difference that these seeds can tell."
+    for one in (cell, other):
+        if one.diverged:
+            line += f" Of the runs of {one.label} {one.diverged}: this is of those that did not."
+    if differ := unlike(cell, other):
+        line += f" They differ in {' and '.join(differ)} too."
     if len(cell.rates) != len(other.rates):
         line += f" It had {len(cell.rates)} learning rates to choose from, not {len(other.rates)}."
     elif cell.rates != other.rates:
@@ -120,19 +131,28 @@ def compared(cell: Cell, other: Cell) -> str:
     return line
 
 
+def text_of(cell: Cell) -> str:
+    """What its runs were trained on."""
+    return f"{cell.runs[0]['corpus']} ({cell.runs[0]['corpus_sha256'][:8]})"
+
+
 def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
     """What the numbers show and what they do not, in sentences."""
     best = tuned(cells)
     lines = []
-    whole = [c for c in best if len(c.losses) == len(c.runs) and not c.leaky]
+    whole = [c for c in best if not c.diverged and not c.leaky]
     if cells[0].unit == "val_bpb":
         lines.append("Tokenizers or texts differ: losses are compared in bits a byte.")
-    if whole:
-        first = min(whole, key=lambda c: interval(c.losses.values())[0])
-        lowest = show(*interval(first.losses.values()))
-        lines.append(
-            f"The lowest validation loss is {first.label}'s: {lowest} {UNITS[first.unit]}."
-        )
+    texts = sorted({text_of(c) for c in cells})
+    for text in texts:
+        there = [c for c in whole if text_of(c) == text]
+        if there:
+            first = min(there, key=lambda c: interval(c.losses.values())[0])
+            lowest = show(*interval(first.losses.values()))
+            on = f" on {text}" if len(texts) > 1 else ""
+            lines.append(
+                f"The lowest validation loss{on} is {first.label}'s: {lowest} {UNITS[first.unit]}."
+            )
     if len(best) < len(cells):
         lines.append(
             "Each is compared at the learning rate that was best for it, chosen by these very "
@@ -166,7 +186,6 @@ def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
     leaky = [c.label for c in cells if c.leaky]
     if leaky:
         lines.append(f"No result, for evaluation sees what it must not: {', '.join(leaky)}.")
-    texts = sorted({f"{r['corpus']} ({r['corpus_sha256'][:8]})" for c in cells for r in c.runs})
     lines.append(
         f"All this is on {' and '.join(texts)}, for models of these sizes, trained for so many "
         "steps at these learning rates; each interval is for one comparison, and among twenty one "

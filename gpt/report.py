@@ -127,7 +127,7 @@ def depth_maps(cells: list[Cell]) -> dict[str, dict[str, Any]]:
         for i, row in enumerate(rows):
             for name, depth, value in numbers(row):
                 line = lines.setdefault(name, {}).setdefault(depth, [None] * len(rows))
-                line[i] = float(f"{value:.4g}")
+                line[i] = None if value is None else float(f"{value:.4g}")
         steps = [row["step"] for row in rows]
         for name, by_depth in lines.items():
             drawn = {"x": steps, "y": list(by_depth), "z": list(by_depth.values())}

@@ -20,6 +20,7 @@ from gpt.config import Config, register_schemas, typed
 from gpt.errors import UserError
 from gpt.kernels import layer_norm
 from gpt.norms.registry import NORMS, load_module, norm_class
+from tests.made_runs import summary
 from tests.on_host import Host
 from tests.programs import REPO
 
@@ -162,3 +163,16 @@ def curve(run_dir: Path) -> list[tuple[Any, ...]]:
     return [
         tuple((k, v) for k, v in row.items() if k != "tokens_per_s") for row in read_rows(run_dir)
     ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for seed, (layer, rms, dummy) in enumerate(
+        [(3.0, 2.9, 3.5), (3.2, 3.1, 3.1), (3.4, 3.29, 3.4)]
+    ):
+        summary(tmp_path, "layer", seed, layer)
+        summary(tmp_path, "rms", seed, rms)
+        summary(tmp_path, "dummy", seed, dummy)
+    summary(tmp_path, "instance", 0, 0.5, sees_in_evaluation=["later tokens"])
+    summary(tmp_path, "scale", 0, None, diverged_at=7)
+    return tmp_path

@@ -12,64 +12,11 @@ from pathlib import Path
 import pytest
 
 from gpt import findings, pictures, report
-from gpt.cells import Baseline, baseline, difference, interval, make_cells, ordered, tuned
+from gpt.cells import Baseline, make_cells, tuned
 from gpt.results import load_summaries
 from tests.conftest import TINY
+from tests.made_runs import summary
 from tests.programs import run_program
-
-
-def summary(folder: Path, norm: str, seed: int, loss: float | None, **more: object) -> None:
-    """A run's directory as training leaves it, with numbers of one's own."""
-    run = folder / f"{norm}-pre-bs4-s{seed}"
-    run.mkdir(parents=True)
-    base = {
-        "norm": norm, "placement": "pre", "batch_size": 4, "seed": seed, "val_loss": loss,
-        "val_bpb": loss and loss / 2, "train_loss": loss, "tokens_per_s": 100.0, "params": 10,
-        "peak_memory": 2**20, "leaky": norm == "batch", "sees_in_training": [], "tokenizer": "bpe",
-        "sees_in_evaluation": [], "device": "cpu", "corpus": "text", "corpus_sha256": "0" * 64,
-    }  # fmt: skip
-    (run / "summary.json").write_text(json.dumps(base | more))
-    config = (
-        f"seed: {seed}\nnorm:\n  name: {norm}\nplacement:\n  name: pre\ntrain: {{batch_size: 4}}"
-    )
-    (run / "config.yaml").write_text(config)
-    curve = {s: (loss or 9) + 1 / (s + 1) for s in (0, 5, 10)}
-    rows = [{"step": s, "val_loss": nats, "val_bpb": nats / 2} for s, nats in curve.items()]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    moments = {"after": {"rms": 1.0, "kurtosis": 3.0}}
-    (run / "stats.jsonl").write_text(json.dumps({"step": 1, "residual": {"embd": moments}}) + "\n")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for seed, (layer, rms, dummy) in enumerate(
-        [(3.0, 2.9, 3.5), (3.2, 3.1, 3.1), (3.4, 3.29, 3.4)]
-    ):
-        summary(tmp_path, "layer", seed, layer)
-        summary(tmp_path, "rms", seed, rms)
-        summary(tmp_path, "dummy", seed, dummy)
-    summary(tmp_path, "instance", 0, 0.5, sees_in_evaluation=["later tokens"])
-    summary(tmp_path, "scale", 0, None, diverged_at=7)
-    return tmp_path
-
-
-def test_the_interval_is_student_s() -> None:
-    mean, half = interval([3.0, 3.2, 3.4])
-    assert mean == pytest.approx(3.2)
-    assert half == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
-    assert interval([1.5]) == (1.5, None)
-
-
-def test_differences_are_paired_by_seed(folder: Path) -> None:
-    """Seeds vary by 0.2 and hide 0.1 in unpaired numbers; pairs show it."""
-    cells = make_cells(load_summaries(folder))
-    rms = next(c for c in cells if c.norm == "rms")
-    paired = difference(rms, next(c for c in cells if c.norm == "layer"))
-    assert paired is not None
-    mean, half, pairs = paired
-    assert mean == pytest.approx(-0.31 / 3)
-    assert half == pytest.approx(4.302653 * 0.0057735 / math.sqrt(3), rel=1e-3)
-    assert pairs == 3
 
 
 def test_the_words_say_what_is_chance_what_is_leaky_and_what_diverged(folder: Path) -> None:
@@ -133,72 +80,6 @@ def test_the_table_ranks_results_and_lists_the_others_last(folder: Path) -> None
     assert rows[3]["val loss"] == "(diverged at step 7)"
     assert rows[4]["sees in evaluation"] == "later tokens"
     assert (folder / "table.md").read_text().count("\n") == 7
-
-
-def test_the_baseline_differs_in_nothing_but_the_norm(tmp_path: Path) -> None:
-    """Not a lucky variant of layer, nor one that leaks, nor one on another text."""
-    for seed in (1, 2, 3):
-        for norm, eps, loss in (
-            ("layer", "1.0e-5", 3.0), ("layer", "0.001", 2.5),
-            ("rms", "0.001", 2.6), ("rms", "1.0e-5", 3.2),
-        ):  # fmt: skip
-            folder = tmp_path / eps
-            summary(folder, norm, seed, loss)
-            config = folder / f"{norm}-pre-bs4-s{seed}" / "config.yaml"
-            config.write_text(
-                config.read_text().replace(f"name: {norm}", f"name: {norm}\n  eps: {eps}")
-            )
-    cells = make_cells(load_summaries(tmp_path))
-    found = {c.label: baseline(c, cells, Baseline()) for c in cells if c.traits["norm"] == "rms"}
-    assert {a: b and b.label for a, b in found.items()} == {
-        "rms-pre-bs4 norm.eps=1e-05": "layer-pre-bs4 norm.eps=1e-05",
-        "rms-pre-bs4 norm.eps=0.001": "layer-pre-bs4 norm.eps=0.001",
-    }
-    summary(tmp_path / "leak", "layer", 1, 1.0, sees_in_evaluation=["later tokens"])
-    summary(tmp_path / "leak", "rms", 1, 2.0)
-    cells = make_cells(load_summaries(tmp_path / "leak"))
-    assert all(baseline(c, cells, Baseline()) is None for c in cells)
-    summary(tmp_path / "texts", "layer", 1, 1.0)
-    summary(tmp_path / "texts", "rms", 1, 2.0, corpus_sha256="1" * 64)
-    cells = make_cells(load_summaries(tmp_path / "texts"))
-    assert all(baseline(c, cells, Baseline()) is None for c in cells)
-    assert "Tokenizers or texts differ" in findings.plain_words(cells, Baseline())[0]
-
-
-def test_each_norm_is_compared_at_its_own_best_learning_rate(tmp_path: Path) -> None:
-    """layer is best at 0.1, rms at 0.3: at equal rates one of them would lose for the other's."""
-    losses = {("layer", 0.1): 3.0, ("layer", 0.3): 3.5, ("rms", 0.1): 3.6, ("rms", 0.3): 2.9}
-    for (norm, lr), loss in losses.items():
-        for seed in (1, 2):
-            folder = tmp_path / str(lr)
-            summary(folder, norm, seed, loss + seed / 10)
-            config = folder / f"{norm}-pre-bs4-s{seed}" / "config.yaml"
-            config.write_text(config.read_text() + f"\noptim: {{lr: {lr}}}")
-    # An easy seed alone: its mean is lower than that of 0.3, but not where both have that seed.
-    summary(tmp_path / "0.2", "rms", 1, 3.02)
-    config = tmp_path / "0.2" / "rms-pre-bs4-s1" / "config.yaml"
-    config.write_text(config.read_text() + "\noptim: {lr: 0.2}")
-    cells = make_cells(load_summaries(tmp_path))
-    best = {c.norm: c for c in tuned(cells)}
-    assert {n: (c.lr, c.rates) for n, c in best.items()} == {
-        "layer": (0.1, (0.1, 0.3)),
-        "rms": (0.3, (0.1, 0.2, 0.3)),
-    }
-    paired = difference(best["rms"], best["layer"])
-    assert paired is not None
-    assert paired[0] == pytest.approx(-0.1)
-    words = "\n".join(findings.plain_words(cells, Baseline()))
-    assert "rms-pre-bs4 optim.lr=0.3 against layer-pre-bs4 optim.lr=0.1: -0.1000" in words
-    assert "rms-pre-bs4 optim.lr=0.1 against" not in words
-    edges = words.split("Best at the ")[1:]
-    assert "lowest" in edges[0]
-    assert "layer-pre-bs4 optim.lr=0.1." in edges[0]
-    assert "highest" in edges[1]
-    assert "rms-pre-bs4 optim.lr=0.3." in edges[1]
-    rows = {row["cell"]: row for row in findings.table(cells, Baseline())}
-    assert len(rows) == 5  # the table has them all
-    assert rows["rms-pre-bs4 optim.lr=0.1"]["best learning rate"] == ""
-    assert rows["rms-pre-bs4 optim.lr=0.3"]["best learning rate"] == "yes"
 
 
 def test_a_rate_at_which_runs_diverged_is_marked_as_such(tmp_path: Path) -> None:
@@ -265,11 +146,6 @@ def test_the_pictures_are_of_the_best_learning_rates_and_of_no_leak(folder: Path
     assert (high - low) / 2 == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
 
 
-def test_names_are_ordered_by_the_size_of_their_numbers() -> None:
-    assert ordered({"pre-bs16", "pre-bs2", "post-bs4"}) == ["post-bs4", "pre-bs2", "pre-bs16"]
-    assert ordered({"wd=0.1", "wd=0.05", "wd=1e-3"}) == ["wd=1e-3", "wd=0.05", "wd=0.1"]
-
-
 def test_activations_are_of_the_last_step_and_of_all_seeds(tmp_path: Path) -> None:
     for seed, rms in ((1, 2.0), (2, 4.0)):
         summary(tmp_path, "layer", seed, 3.0)
@@ -295,6 +171,49 @@ def test_activations_of_diverged_runs_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "layer-pre-bs4-s2" / "stats.jsonl").write_text(json.dumps(lost) + "\n")
     (row,) = findings.activations(make_cells(load_summaries(tmp_path)))
     assert row["stream rms at the embedding"] == "1"
+
+
+def test_an_overflow_at_the_last_depth_is_not_passed_over(tmp_path: Path) -> None:
+    """`stats.jsonl` has null where a number was not finite."""
+    summary(tmp_path, "layer", 1, 3.0)
+    depths = {"embd": 1.0, "h.0": 2.0, "h.1": None}
+    row = {"step": 5, "residual": {d: {"after": {"rms": rms}} for d, rms in depths.items()}}
+    (tmp_path / "layer-pre-bs4-s1" / "stats.jsonl").write_text(json.dumps(row) + "\n")
+    cells = make_cells(load_summaries(tmp_path))
+    (ends,) = findings.activations(cells)
+    assert ends["stream rms at the embedding"] == "1"
+    assert ends["after the last block"] == "nan"
+    drawn = report.depth_maps(cells)["residual: after/rms"]["layer-pre-bs4"]
+    assert drawn["z"] == [[1.0], [2.0], [None]]
+
+
+def test_what_survivors_show_is_said_to_be_theirs(folder: Path) -> None:
+    summary(folder, "l2", 0, 1.0)
+    summary(folder, "l2", 1, 1.1)
+    summary(folder, "l2", 2, None, diverged_at=3)
+    cells = make_cells(load_summaries(folder))
+    (line,) = (x for x in findings.plain_words(cells, Baseline()) if x.startswith("l2-pre-bs4 aga"))
+    assert "better beyond chance. Of the runs of l2-pre-bs4 1 of 3 diverged: this is of" in line
+    names = [row["cell"].split("-")[0] for row in findings.table(cells, Baseline())]
+    assert names == ["rms", "layer", "dummy", "l2", "scale", "instance"]
+
+
+def test_what_else_two_norms_differ_in_is_said(tmp_path: Path) -> None:
+    for norm, eps in (("layer", "1e-5"), ("rms", "1e-3")):
+        summary(tmp_path, norm, 1, 3.0)
+        config = tmp_path / f"{norm}-pre-bs4-s1" / "config.yaml"
+        config.write_text(config.read_text().replace("name: rms", "name: rms\n  eps: 0.001"))
+        config.write_text(config.read_text().replace("name: layer", f"name: layer\n  eps: {eps}"))
+    words = findings.plain_words(make_cells(load_summaries(tmp_path)), Baseline())
+    assert any("They differ in norm.eps too." in line for line in words)
+
+
+def test_the_lowest_loss_is_one_of_each_text(tmp_path: Path) -> None:
+    summary(tmp_path, "layer", 1, 1.0, corpus="easy", corpus_sha256="1" * 64)
+    summary(tmp_path, "rms", 1, 2.0, corpus="hard", corpus_sha256="2" * 64)
+    words = findings.plain_words(make_cells(load_summaries(tmp_path)), Baseline())
+    assert words[1].startswith("The lowest validation loss on easy (11111111) is layer-pre-bs4")
+    assert words[2].startswith("The lowest validation loss on hard (22222222) is rms-pre-bs4")
 
 
 def test_a_run_counts_once_however_it_is_found(folder: Path) -> None:
@@ -328,27 +247,6 @@ def test_any_key_can_be_the_baseline(tmp_path: Path) -> None:
     wrong = run_program(str(tmp_path), "baseline=optim.warmup=40", script="report")
     assert wrong.returncode == 64
     assert "did you mean 'optim.warmup_steps'" in wrong.stderr
-
-
-def test_of_equal_runs_one_counts_whatever_its_loss(tmp_path: Path) -> None:
-    for folder, loss in (("a", 3.0), ("b", 2.0), ("c", 4.0)):
-        summary(tmp_path / folder, "layer", 1, loss)
-    (cell,) = make_cells(load_summaries(tmp_path))
-    assert cell.losses == {1: 3.0}
-    result = run_program(str(tmp_path), script="report")
-    assert "Runs that repeat another's, seed and all, left out: 2." in result.stdout
-
-
-def test_options_of_a_norm_are_lines_of_their_own(tmp_path: Path) -> None:
-    for groups in (2, 4):
-        summary(tmp_path / str(groups), "group", 1, 3.0 + groups)
-        config = tmp_path / str(groups) / "group-pre-bs4-s1" / "config.yaml"
-        config.write_text(
-            config.read_text().replace("name: group", f"name: group\n  groups: {groups}")
-        )
-    cells = make_cells(load_summaries(tmp_path))
-    assert [c.norm for c in cells] == ["group norm.groups=2", "group norm.groups=4"]
-    assert {c.context for c in cells} == {"pre-bs4"}
 
 
 def test_where_all_leak_there_is_no_picture_but_a_page(tmp_path: Path) -> None:
@@ -404,17 +302,3 @@ def test_two_runs_are_compared_with_one_command(corpus: Path, tmp_path: Path) ->
     assert "norm.name" in page
     assert "of one seed: it may be chance" in page
     assert "residual: angle" in page
-
-
-def test_rates_that_each_lost_another_seed_are_ranked_by_the_seed_that_both_have(
-    tmp_path: Path,
-) -> None:
-    for rate, losses in ((1e-3, (2.0, None, 2.5)), (3e-3, (None, 2.9, 2.4))):
-        for seed, loss in enumerate(losses):
-            folder = tmp_path / str(rate)
-            more = {"diverged_at": 3} if loss is None else {}
-            summary(folder, "layer", seed, loss, **more)
-            path = folder / f"layer-pre-bs4-s{seed}" / "config.yaml"
-            path.write_text(path.read_text() + f"\noptim:\n  lr: {rate}\n")
-    (best,) = tuned(make_cells(load_summaries(tmp_path)))
-    assert best.lr == 3e-3

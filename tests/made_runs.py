@@ -1,0 +1,28 @@
+"""Runs that no one trained, for tests of what is said of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def summary(folder: Path, norm: str, seed: int, loss: float | None, **more: object) -> None:
+    """A run's directory as training leaves it, with numbers of one's own."""
+    run = folder / f"{norm}-pre-bs4-s{seed}"
+    run.mkdir(parents=True)
+    base = {
+        "norm": norm, "placement": "pre", "batch_size": 4, "seed": seed, "val_loss": loss,
+        "val_bpb": loss and loss / 2, "train_loss": loss, "tokens_per_s": 100.0, "params": 10,
+        "peak_memory": 2**20, "leaky": norm == "batch", "sees_in_training": [], "tokenizer": "bpe",
+        "sees_in_evaluation": [], "device": "cpu", "corpus": "text", "corpus_sha256": "0" * 64,
+    }  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(base | more))
+    config = (
+        f"seed: {seed}\nnorm:\n  name: {norm}\nplacement:\n  name: pre\ntrain: {{batch_size: 4}}"
+    )
+    (run / "config.yaml").write_text(config)
+    curve = {s: (loss or 9) + 1 / (s + 1) for s in (0, 5, 10)}
+    rows = [{"step": s, "val_loss": nats, "val_bpb": nats / 2} for s, nats in curve.items()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    moments = {"after": {"rms": 1.0, "kurtosis": 3.0}}
+    (run / "stats.jsonl").write_text(json.dumps({"step": 1, "residual": {"embd": moments}}) + "\n")

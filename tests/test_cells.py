@@ -1,0 +1,147 @@
+"""Runs become cells and cells are compared: intervals, pairs by seed, baselines, learning rates."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from gpt import findings
+from gpt.cells import Baseline, baseline, difference, interval, make_cells, ordered, tuned
+from gpt.results import load_summaries
+from tests.made_runs import summary
+from tests.programs import run_program
+
+
+def test_the_interval_is_student_s() -> None:
+    mean, half = interval([3.0, 3.2, 3.4])
+    assert mean == pytest.approx(3.2)
+    assert half == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
+    assert interval([1.5]) == (1.5, None)
+
+
+def test_differences_are_paired_by_seed(folder: Path) -> None:
+    """Seeds vary by 0.2 and hide 0.1 in unpaired numbers; pairs show it."""
+    cells = make_cells(load_summaries(folder))
+    rms = next(c for c in cells if c.norm == "rms")
+    paired = difference(rms, next(c for c in cells if c.norm == "layer"))
+    assert paired is not None
+    mean, half, pairs = paired
+    assert mean == pytest.approx(-0.31 / 3)
+    assert half == pytest.approx(4.302653 * 0.0057735 / math.sqrt(3), rel=1e-3)
+    assert pairs == 3
+
+
+def test_the_baseline_differs_in_nothing_but_the_norm(tmp_path: Path) -> None:
+    """Not a lucky variant of layer, nor one that leaks, nor one on another text."""
+    for seed in (1, 2, 3):
+        for norm, eps, loss in (
+            ("layer", "1.0e-5", 3.0), ("layer", "0.001", 2.5),
+            ("rms", "0.001", 2.6), ("rms", "1.0e-5", 3.2),
+        ):  # fmt: skip
+            folder = tmp_path / eps
+            summary(folder, norm, seed, loss)
+            config = folder / f"{norm}-pre-bs4-s{seed}" / "config.yaml"
+            config.write_text(
+                config.read_text().replace(f"name: {norm}", f"name: {norm}\n  eps: {eps}")
+            )
+    cells = make_cells(load_summaries(tmp_path))
+    found = {c.label: baseline(c, cells, Baseline()) for c in cells if c.traits["norm"] == "rms"}
+    assert {a: b and b.label for a, b in found.items()} == {
+        "rms-pre-bs4 norm.eps=1e-05": "layer-pre-bs4 norm.eps=1e-05",
+        "rms-pre-bs4 norm.eps=0.001": "layer-pre-bs4 norm.eps=0.001",
+    }
+    summary(tmp_path / "leak", "layer", 1, 1.0, sees_in_evaluation=["later tokens"])
+    summary(tmp_path / "leak", "rms", 1, 2.0)
+    cells = make_cells(load_summaries(tmp_path / "leak"))
+    assert all(baseline(c, cells, Baseline()) is None for c in cells)
+    summary(tmp_path / "texts", "layer", 1, 1.0)
+    summary(tmp_path / "texts", "rms", 1, 2.0, corpus_sha256="1" * 64)
+    cells = make_cells(load_summaries(tmp_path / "texts"))
+    assert all(baseline(c, cells, Baseline()) is None for c in cells)
+    assert "Tokenizers or texts differ" in findings.plain_words(cells, Baseline())[0]
+
+
+def test_each_norm_is_compared_at_its_own_best_learning_rate(tmp_path: Path) -> None:
+    """layer is best at 0.1, rms at 0.3: at equal rates one of them would lose for the other's."""
+    losses = {("layer", 0.1): 3.0, ("layer", 0.3): 3.5, ("rms", 0.1): 3.6, ("rms", 0.3): 2.9}
+    for (norm, lr), loss in losses.items():
+        for seed in (1, 2):
+            folder = tmp_path / str(lr)
+            summary(folder, norm, seed, loss + seed / 10)
+            config = folder / f"{norm}-pre-bs4-s{seed}" / "config.yaml"
+            config.write_text(config.read_text() + f"\noptim: {{lr: {lr}}}")
+    # An easy seed alone: its mean is lower than that of 0.3, but not where both have that seed.
+    summary(tmp_path / "0.2", "rms", 1, 3.02)
+    config = tmp_path / "0.2" / "rms-pre-bs4-s1" / "config.yaml"
+    config.write_text(config.read_text() + "\noptim: {lr: 0.2}")
+    cells = make_cells(load_summaries(tmp_path))
+    best = {c.norm: c for c in tuned(cells)}
+    assert {n: (c.lr, c.rates) for n, c in best.items()} == {
+        "layer": (0.1, (0.1, 0.3)),
+        "rms": (0.3, (0.1, 0.2, 0.3)),
+    }
+    paired = difference(best["rms"], best["layer"])
+    assert paired is not None
+    assert paired[0] == pytest.approx(-0.1)
+    words = "\n".join(findings.plain_words(cells, Baseline()))
+    assert "rms-pre-bs4 optim.lr=0.3 against layer-pre-bs4 optim.lr=0.1: -0.1000" in words
+    assert "rms-pre-bs4 optim.lr=0.1 against" not in words
+    edges = words.split("Best at the ")[1:]
+    assert "lowest" in edges[0]
+    assert "layer-pre-bs4 optim.lr=0.1." in edges[0]
+    assert "highest" in edges[1]
+    assert "rms-pre-bs4 optim.lr=0.3." in edges[1]
+    rows = {row["cell"]: row for row in findings.table(cells, Baseline())}
+    assert len(rows) == 5  # the table has them all
+    assert rows["rms-pre-bs4 optim.lr=0.1"]["best learning rate"] == ""
+    assert rows["rms-pre-bs4 optim.lr=0.3"]["best learning rate"] == "yes"
+
+
+def test_names_are_ordered_by_the_size_of_their_numbers() -> None:
+    assert ordered({"pre-bs16", "pre-bs2", "post-bs4"}) == ["post-bs4", "pre-bs2", "pre-bs16"]
+    assert ordered({"wd=0.1", "wd=0.05", "wd=1e-3"}) == ["wd=1e-3", "wd=0.05", "wd=0.1"]
+
+
+def test_of_equal_runs_one_counts_whatever_its_loss(tmp_path: Path) -> None:
+    for folder, loss in (("a", 3.0), ("b", 2.0), ("c", 4.0)):
+        summary(tmp_path / folder, "layer", 1, loss)
+    (cell,) = make_cells(load_summaries(tmp_path))
+    assert cell.losses == {1: 3.0}
+    result = run_program(str(tmp_path), script="report")
+    assert "Runs that repeat another's, seed and all, left out: 2." in result.stdout
+
+
+def test_options_of_a_norm_are_lines_of_their_own(tmp_path: Path) -> None:
+    for groups in (2, 4):
+        summary(tmp_path / str(groups), "group", 1, 3.0 + groups)
+        config = tmp_path / str(groups) / "group-pre-bs4-s1" / "config.yaml"
+        config.write_text(
+            config.read_text().replace("name: group", f"name: group\n  groups: {groups}")
+        )
+    cells = make_cells(load_summaries(tmp_path))
+    assert [c.norm for c in cells] == ["group norm.groups=2", "group norm.groups=4"]
+    assert {c.context for c in cells} == {"pre-bs4"}
+
+
+def test_rates_that_each_lost_another_seed_are_ranked_by_the_seed_that_both_have(
+    tmp_path: Path,
+) -> None:
+    for rate, losses in ((1e-3, (2.0, None, 2.5)), (3e-3, (None, 2.9, 2.4))):
+        for seed, loss in enumerate(losses):
+            folder = tmp_path / str(rate)
+            more = {"diverged_at": 3} if loss is None else {}
+            summary(folder, "layer", seed, loss, **more)
+            path = folder / f"layer-pre-bs4-s{seed}" / "config.yaml"
+            path.write_text(path.read_text() + f"\noptim:\n  lr: {rate}\n")
+    (best,) = tuned(make_cells(load_summaries(tmp_path)))
+    assert best.lr == 3e-3
+
+
+@pytest.mark.parametrize("key", ["corpus_sha256", "init_sha256", "norm_sha256"])
+def test_runs_made_of_different_things_are_no_cell(key: str, tmp_path: Path) -> None:
+    """Equal in all that their configurations say: another text, other weights, an edited norm."""
+    for seed, digest in ((1, "a"), (2, "a"), (3, "b")):
+        summary(tmp_path, "layer", seed, 3.0, **{key: digest * 64})
+    assert [len(cell.runs) for cell in make_cells(load_summaries(tmp_path))] == [2, 1]
