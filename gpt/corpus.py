@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
 import os
@@ -77,9 +78,11 @@ def pydoc(cfg: DataConfig) -> Corpus:
 
 
 def stdlib(cfg: DataConfig) -> Corpus:
-    """The sources of this Python's standard library, without its tests and installed packages."""
+    """The sources of this Python's standard library, without its tests and installed packages; and
+    without `encodings`, whose tables repeat one another, so that validation would ask for what
+    training has shown."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
     files = [
         f
         for f in sorted(root.rglob("*.py"))
@@ -172,10 +175,11 @@ def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Docu
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below
     source: dict[str, Any] = {"path": path, "name": cfg.subset}
-    if files:
-        kind = KINDS[files[0].suffix.lower()]
-        source = {"path": kind, "data_files": [glob.escape(str(f)) for f in files]}
     try:
+        if files:
+            kind = KINDS[files[0].suffix.lower()]
+            source = {"path": kind, "data_files": [glob.escape(str(f)) for f in files]}
+            source |= options_of(kind, files, cfg)
         splits = datasets.load_dataset(**source, streaming=cfg.streaming)
         val = next((name for name in ("validation", "test") if name in splits), None)
         if "train" not in splits:
@@ -194,18 +198,43 @@ def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Docu
         raise DataError(f"data.path={path}: {reason}") from error
 
 
+def options_of(kind: str, files: list[Path], cfg: DataConfig) -> dict[str, Any]:
+    """What `datasets` must be told to leave texts as they are written."""
+    from datasets import Features, Value
+
+    if kind == "text":
+        return {"sample_by": "paragraph"}  # else every line is a document
+    if kind != "csv":
+        return {}
+    for file in files:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            check_column(cfg, next(csv.reader(lines), []))
+    # Else 00001 becomes 1, and NA nothing.
+    return {"features": Features({cfg.column: Value("string")}), "keep_default_na": False}
+
+
 def texts_of(rows: Any, cfg: DataConfig) -> Iterator[str]:
     """The column's texts, at most max_documents; a row without text is passed over."""
     for i, row in enumerate(rows):
         if i == cfg.max_documents:
             return
-        if cfg.column not in row:
-            raise ConfigError(
-                f"data.column={cfg.column}: {cfg.path} has {', '.join(row)}"
-                + nearest(cfg.column, row)
+        check_column(cfg, row)
+        text = row[cfg.column]
+        if not isinstance(text, str | None):
+            raise DataError(
+                f"data.column={cfg.column}: {cfg.path} has {type(text).__name__} there; "
+                "expected text"
             )
-        if row[cfg.column]:
-            yield str(row[cfg.column])
+        if text:
+            yield text
+
+
+def check_column(cfg: DataConfig, columns: Iterable[str]) -> None:
+    if cfg.column not in columns:
+        raise ConfigError(
+            f"data.column={cfg.column}: {cfg.path} has {', '.join(columns)}"
+            + nearest(cfg.column, columns)
+        )
 
 
 def local_files(path: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
 import os
@@ -51,6 +52,17 @@ def test_stdlib_is_the_sources_of_this_python() -> None:
     texts = split_of(open_corpus(DataConfig("stdlib")))
     assert "def " in texts["val"]
     assert len(texts["train"]) > 5_000_000
+
+
+def test_stdlib_validation_hardly_repeats_what_training_has() -> None:
+    """By runs of four lines: 19% of it did, for the tables in `encodings` are copies."""
+    fours, lines = {}, {}
+    for split, text in split_of(open_corpus(DataConfig("stdlib"))).items():
+        lines[split] = [line.strip() for line in text.split("\n") if line.strip()]
+        fours[split] = list(zip(*(lines[split][i:] for i in range(4)), strict=False))
+    shown = set(fours["train"])
+    repeated = {i + j for i, four in enumerate(fours["val"]) if four in shown for j in range(4)}
+    assert sum(len(lines["val"][i]) for i in repeated) < 0.05 * sum(map(len, lines["val"]))
 
 
 def test_text_is_split_at_nine_tenths_and_kept_byte_for_byte(tmp_path: Path) -> None:
@@ -292,6 +304,39 @@ def test_a_prepared_folder_that_lost_a_file_is_made_again(tmp_path: Path) -> Non
     folder = prepare(text_config(path)).train.path.parent
     (folder / "tokenizer.json").unlink()
     assert len(prepare(text_config(path)).train.ids) == 1800
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hf_leaves_texts_as_they_are_written(tmp_path: Path, streaming: bool) -> None:
+    """No number of a csv's cell, no nothing of the word NA, and no document of a line."""
+    cells = ["00001", "NA", "None", "1.50", "true", "2020-01-01", 'a "quoted", word', "two\nlines"]
+    with (tmp_path / "a.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([("id", "text"), (9, ""), *enumerate(cells)])
+    documents = open_corpus(DataConfig("hf", str(tmp_path / "a.csv"), streaming=streaming))
+    assert [text for _, text in documents.documents()] == cells
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
+    documents = open_corpus(DataConfig("hf", str(tmp_path / "a.txt"), streaming=streaming))
+    assert [text for _, text in documents.documents()] == ["one\ntwo", "three\n"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "2020-01-01"}\n' * 3, "has datetime there; expected text"),
+        ('{"text": 5}\n' * 3, "has int there; expected text"),
+        ('{"text": ["a"]}\n' * 3, "has list there; expected text"),
+    ],
+)
+def test_hf_refuses_a_column_of_no_text(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        list(open_corpus(DataConfig("hf", str(tmp_path / "a.jsonl"))).documents())
+
+
+def test_hf_names_the_columns_of_a_csv(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,txt\n1,a\n")
+    with pytest.raises(ConfigError, match=r"has id, txt; did you mean 'txt'"):
+        list(open_corpus(DataConfig("hf", str(tmp_path / "a.csv"))).documents())
 
 
 def test_hf_rows_without_text_are_passed_over(tmp_path: Path) -> None:

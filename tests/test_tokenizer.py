@@ -104,7 +104,7 @@ def test_gpt2_is_tiktoken_s_and_saved_by_name(
     save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
     assert (tmp_path / "tokenizer.json").read_text() == '{"name": "gpt2"}\n'
     assert load_tokenizer(tmp_path / "tokenizer.json") is stand_in
-    assert token_bytes(tokenizer)[256] == 0  # <|endoftext|> stands for no text
+    assert token_bytes(tokenizer)[256] == 2  # <|endoftext|> stands for an empty line
 
 
 def test_a_bpe_of_little_text_is_small_and_works() -> None:
