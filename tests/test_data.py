@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +16,7 @@ from gpt.config import Config, DataConfig
 from gpt.corpus import CHUNK, Corpus, open_corpus
 from gpt.data import TrainBatches, ValBatches, open_tokens, prepare
 from gpt.errors import ConfigError, DataError, MissingInput
-from tests.conftest import make_config, overrides
-from tests.hub_server import hub_server
+from tests.conftest import make_config
 from tests.programs import run_program
 
 
@@ -232,63 +227,6 @@ def test_validation_windows_do_not_depend_on_the_batch_size(batch_size: int) -> 
     assert equal == {1: [1] * 20, 3: [3] * 6, 64: [20]}[batch_size]
 
 
-def jsonl(path: Path, n: int = 40) -> Path:
-    rows = ({"text": f"document {i}: " + "some words " * 20, "id": i} for i in range(n))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.mark.parametrize("streaming", ["true", "false"])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_hf_files_are_documents_mapped_and_streaming(
-    tmp_path: Path, kind: str, streaming: str
-) -> None:
-    path = jsonl(tmp_path / "docs.jsonl")
-    if kind == "parquet":
-        import pandas
-
-        pandas.read_json(path, lines=True).to_parquet(path.with_suffix(".parquet"))
-        path = path.with_suffix(".parquet")
-    data = prepare(make_config("data=hf", f"data.path={path}", f"data.streaming={streaming}"))
-    text = data.tokenizer.decode(data.val.ids.tolist())
-    assert [f"document {i}:" in text for i in range(40)] == [i % 10 == 9 for i in range(40)]
-    assert data.train.header.n_tokens == data.train.header.n_bytes + 2 * 36  # an empty line between
-
-
-@pytest.mark.parametrize("name", ["x[1].jsonl", "a, b.jsonl", "a*.jsonl"])
-def test_hf_reads_a_file_that_is_there_whatever_its_name(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.write_text("".join(json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(40)))
-    documents = list(open_corpus(DataConfig("hf", str(path))).documents())
-    assert [split for split, _ in documents].count("val") == 4
-
-
-def test_hf_takes_at_most_max_documents_and_names_the_columns(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "docs.jsonl")
-    few = prepare(make_config("data=hf", f"data.path={path}", "data.max_documents=10"))
-    assert "document 10" not in few.tokenizer.decode(few.train.ids.tolist())
-    with pytest.raises(ConfigError, match=r"data.column=txt: .* has text, id; did you mean 'text'"):
-        prepare(make_config("data=hf", f"data.path={path}", "data.column=txt"))
-
-
-@pytest.mark.parametrize(
-    ("files", "error"),
-    [
-        ("a.jsonl,none.jsonl", "no such file: .*none.jsonl"),
-        ("a.bin", "files of .bin; expected one kind of .jsonl"),
-        ("a.jsonl,b.csv", "files of .csv, .jsonl"),
-    ],
-)
-def test_hf_files_that_cannot_be_read_never_become_a_name_on_the_hub(
-    tmp_path: Path, files: str, error: str
-) -> None:
-    for name in ("a.jsonl", "a.bin", "b.csv"):
-        (tmp_path / name).write_text('{"text": "x"}\n')
-    path = ",".join(str(tmp_path / name) for name in files.split(","))
-    with pytest.raises((DataError, MissingInput), match=error):
-        open_corpus(DataConfig("hf", path))
-
-
 @pytest.mark.parametrize("text", ["x" * 1_000_000, "字" * 300_000, " " * 300_000, "ab " * 100_000])
 def test_text_without_spaces_is_tokenized_in_seconds(tmp_path: Path, text: str) -> None:
     """A word's merges take time by the square of its length: words end at 128 characters."""
@@ -304,68 +242,6 @@ def test_a_prepared_folder_that_lost_a_file_is_made_again(tmp_path: Path) -> Non
     folder = prepare(text_config(path)).train.path.parent
     (folder / "tokenizer.json").unlink()
     assert len(prepare(text_config(path)).train.ids) == 1800
-
-
-@pytest.mark.parametrize("streaming", [True, False])
-def test_hf_leaves_texts_as_they_are_written(tmp_path: Path, streaming: bool) -> None:
-    """No number of a csv's cell, no nothing of the word NA, and no document of a line."""
-    cells = ["00001", "NA", "None", "1.50", "true", "2020-01-01", 'a "quoted", word', "two\nlines"]
-    with (tmp_path / "a.csv").open("w", encoding="utf-8-sig", newline="") as file:
-        csv.writer(file).writerows([("id", "text"), (9, ""), *enumerate(cells)])
-    documents = open_corpus(DataConfig("hf", str(tmp_path / "a.csv"), streaming=streaming))
-    assert [text for _, text in documents.documents()] == cells
-    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
-    documents = open_corpus(DataConfig("hf", str(tmp_path / "a.txt"), streaming=streaming))
-    assert [text for _, text in documents.documents()] == ["one\ntwo", "three\n"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"text": "2020-01-01"}\n' * 3, "has datetime there; expected text"),
-        ('{"text": 5}\n' * 3, "has int there; expected text"),
-        ('{"text": ["a"]}\n' * 3, "has list there; expected text"),
-    ],
-)
-def test_hf_refuses_a_column_of_no_text(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(DataError, match=message):
-        list(open_corpus(DataConfig("hf", str(tmp_path / "a.jsonl"))).documents())
-
-
-def test_hf_names_the_columns_of_a_csv(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("id,txt\n1,a\n")
-    with pytest.raises(ConfigError, match=r"has id, txt; did you mean 'txt'"):
-        list(open_corpus(DataConfig("hf", str(tmp_path / "a.csv"))).documents())
-
-
-def test_hf_rows_without_text_are_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "docs.jsonl"
-    path.write_text('{"text": null}\n' + '{"text": "' + "words " * 50 + '"}\n' * 1)
-    path.write_text(path.read_text() * 20)
-    assert prepare(make_config("data=hf", f"data.path={path}")).train.header.n_bytes > 0
-
-
-@pytest.mark.parametrize(
-    ("content", "error"),
-    [("", "it is empty"), ('{"text": "fine"}\n{"text": ', "JSON parse error")],
-)
-def test_a_damaged_file_is_one_line_and_65(tmp_path: Path, content: str, error: str) -> None:
-    """`datasets` has lines of its own for it, which are not shown."""
-    path = tmp_path / "docs.jsonl"
-    path.write_text(content)
-    args = overrides("data=hf", f"data.path={path}", f"run_dir={tmp_path}/run")
-    result = run_program(*args, GPT_DATA=str(tmp_path / "data"))
-    assert result.returncode == 65
-    assert result.stderr.count("\n") == 1
-    assert f"data.path={path}: {error}" in result.stderr
-    assert [p.suffix for p in (tmp_path / "data").iterdir()] == [".lock"]
-
-
-def test_files_have_no_subset(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "docs.jsonl")
-    with pytest.raises(ConfigError, match=r"data\.subset=en: files have none; leave it out"):
-        open_corpus(DataConfig("hf", str(path), subset="en"))
 
 
 def test_a_corpus_is_prepared_without_training_whatever_its_name(tmp_path: Path) -> None:
@@ -389,50 +265,3 @@ def test_tokens_that_are_prepared_need_no_network(
     monkeypatch.undo()
     monkeypatch.setattr("gpt.corpus.hub_reachable", lambda: False)
     assert len(prepare(cfg).val.ids) == 222
-
-
-@pytest.mark.parametrize("streaming", ["false", "true"])
-def test_a_hub_name_is_downloaded_and_gives_what_its_files_give(
-    tmp_path: Path, streaming: str
-) -> None:
-    """Over HTTP, from a stand-in; what is mapped serves once more when the hub is gone."""
-    local = jsonl(tmp_path / "train.jsonl")
-
-    def tokens(url: str, path: str, folder: str) -> tuple[bytes, ...]:
-        env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "GPT_DATA": str(tmp_path / folder)}
-        args = overrides("data=hf", f"data.path={path}", f"data.streaming={streaming}")
-        result = run_program(*args, script="prepare", **env)
-        assert result.returncode == 0, result.stderr
-        assert "Retrying" not in result.stderr  # half a minute, where the hub is known to be gone
-        return tuple(file.read_bytes() for file in sorted((tmp_path / folder).rglob("*.bin")))
-
-    with hub_server("someone/corpus", {"train.jsonl": local.read_bytes()}) as (url, asked):
-        theirs = tokens(url, "someone/corpus", "theirs")
-        assert asked
-        asked.clear()
-        ours = tokens(url, str(local), "ours")
-        assert not asked  # local files ask nobody
-        env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path)}
-        none = run_program("data=hf", "data.path=someone/else", script="prepare", **env)
-    assert theirs == ours
-    assert len(ours) == 2
-    assert (none.returncode, none.stderr.count("\n")) == (65, 1)
-    if streaming == "false":
-        assert tokens(url, "someone/corpus", "again") == ours
-
-
-def test_a_hub_name_without_network_fails_at_once_with_the_way_out(tmp_path: Path) -> None:
-    """Against an address of this machine that refuses: no test leaves it."""
-    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    code = "import time; from gpt.corpus import open_corpus; from gpt.config import DataConfig\n"
-    code += "start = time.perf_counter()\n"
-    code += "try: next(open_corpus(DataConfig('hf', 'someone/something')).documents())\n"
-    code += "finally: print(time.perf_counter() - start)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
-    )
-    assert "the hub cannot be reached; give local jsonl" in result.stderr
-    assert float(result.stdout) < 5  # not the 23 s of the library's retries
-    shown = run_program("data=hf", "data.path=someone/something", f"run_dir={tmp_path}/run", **env)
-    assert shown.returncode == 66
-    assert shown.stderr.count("\n") == 1
