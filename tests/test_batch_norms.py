@@ -22,7 +22,7 @@ from gpt.norms.batch import BatchNorm
 from gpt.norms.power import PowerNorm
 from gpt.norms.prepbn import ProgressiveRepBatchNorm
 from gpt.norms.rbn import RegularisedBatchNorm
-from gpt.norms.registry import begin_step, commit, defer, norms_of, penalties
+from gpt.norms.registry import begin_step, build_norm, commit, defer, norms_of, penalties
 from gpt.placement import build_model
 from gpt.trainer import train
 from tests.conftest import make_config, read_rows
@@ -361,3 +361,12 @@ def test_what_does_not_fit_is_refused(
     assert result.returncode == 78, result.stderr
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_short_samples_leave_the_statistics_of_later_positions_as_they_were() -> None:
+    norm = build_norm("batch_pos", 3, block_size=4)
+    for _ in range(200):
+        norm(torch.randn(2, 1, 3))
+    torch.testing.assert_close(norm.running_var[1:], torch.ones(3, 3))
+    assert torch.equal(norm.running_mean[1:], torch.zeros(3, 3))
+    assert not torch.equal(norm.running_mean[0], torch.zeros(3))

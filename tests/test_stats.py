@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,8 +102,14 @@ def test_attention_s_logit_and_entropy_are_those_of_its_softmax() -> None:
 
 def test_the_angle_between_opposite_streams_is_one_and_to_itself_zero() -> None:
     x = torch.randn(2, 3, 4)
-    assert angle(x, -x).item() == pytest.approx(1, abs=1e-3)
-    assert angle(x, 2 * x).item() == pytest.approx(0, abs=1e-3)
+    assert angle(x, -x).item() == pytest.approx(1, abs=1e-6)
+    assert angle(x, 2 * x).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_an_angle_far_below_the_rounding_of_its_cosine_is_told() -> None:
+    small = torch.tensor(1e-5)
+    x, y = torch.tensor([1.0, 0.0]), torch.stack([small.cos(), small.sin()])
+    assert angle(x, y).item() == pytest.approx(1e-5 / math.pi, rel=1e-3)
 
 
 def test_spikes_are_what_lies_six_deviations_off_the_128_before() -> None:

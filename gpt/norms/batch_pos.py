@@ -46,10 +46,14 @@ class PositionBatchNorm(BatchNorm):
             raise ValueError("norm=batch_pos in training needs more than 1 sample a batch (B > 1)")
         mean, variance = moments(x, (0,))
         if self.training:
-            # What is later than this batch's T takes no part: its mean and variance are as before.
-            padded = torch.cat([mean.detach(), self.running_mean[T:]])
-            padded_var = torch.cat([variance.detach(), self.running_var[T:]])
-            self.observe(padded, padded_var, count)
+            # What is later than this batch's T takes no part: its mean and unbiased variance, which
+            # `commit` makes of the biased one, are as before.
+            mean_later, variance_later = self.running_mean[T:], self.running_var[T:]
+            self.observe(
+                torch.cat([mean.detach(), mean_later]),
+                torch.cat([variance.detach(), variance_later * (1 - 1 / count)]),
+                count,
+            )
         return self.normalise(x, mean, variance)
 
     def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
