@@ -38,9 +38,11 @@ def main(raw: DictConfig) -> None:
         counts = fold(model)
         if not counts["folded"] + counts["affine"]:
             raise ConfigError("fold=true: no norm of this run is a fixed map in evaluation")
-        folded, affine, kept = counts.values()
-        left = f"{affine} left as a scale and a shift, {kept} kept"
-        print(f"norms: {folded} folded into Linears, {left}", file=sys.stderr)
+        print(
+            f"norms: {counts['folded']} folded into Linears, {counts['affine']} left as a scale "
+            f"and a shift, {counts['kept']} kept",
+            file=sys.stderr,
+        )
     print(cfg.prompt, end="", flush=True)
     with batch_statistics(model) if cfg.batch_stats else nullcontext():
         for piece in generate(
