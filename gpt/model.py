@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 from gpt.seeds import stream_seed
-from gpt.stats import Places
 
 # The norm at a site such as `h.3.attn.in` or `head`, over so many features; nn.Identity where the
 # slot is empty.
@@ -190,24 +189,6 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    def places(self) -> Places:
-        """Where statistics look: the residual stream by depth, the branches, the heads."""
-        blocks = {f"h.{i}": block for i, block in enumerate(self.h)}
-        parts = {
-            f"{name}.{part}": getattr(b, part)
-            for name, b in blocks.items()
-            for part in ("attn", "mlp")
-        }
-        return Places(
-            streams={"embd": self.drop, **blocks},
-            branches={name: part["out"] for name, part in parts.items()},
-            heads={
-                name: (part["q"], part["k"], part.n_head)
-                for name, part in parts.items()
-                if isinstance(part, CausalSelfAttention)
-            },
-        )
 
     @torch.no_grad()
     def init_weights(self, plans: Sequence[BlockPlan], seed: int) -> None:

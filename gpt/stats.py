@@ -15,16 +15,16 @@ stays on the device until `table` reads it in one transfer; on CUDA `bincount` w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gpt.model import GPT, Block
 from gpt.norms.registry import norms_of
 
 MOMENTS = ("mean", "std", "rms", "absmax", "skew", "kurtosis", "outliers", "absmax_to_median")
@@ -32,20 +32,6 @@ BINS = 32  # of a histogram from −8 to 8 root mean squares; what is beyond is 
 EDGES = [16 * i / BINS - 8 for i in range(BINS + 1)]
 GREEK = {"weight": "gamma", "bias": "beta"}  # what a norm's parameters are called in papers
 Record = dict[tuple[str, ...], Tensor]  # ("sites", "h.0.attn.in", "before") → its moments
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where to look in a model, by name.
-
-    streams   modules whose output is the residual stream, from the embedding on
-    branches  modules whose output is what a sublayer adds to it
-    heads     of an attention: the modules that give q and k, (B, T, C), and how many heads
-    """
-
-    streams: Mapping[str, nn.Module]
-    branches: Mapping[str, nn.Module]
-    heads: Mapping[str, tuple[nn.Module, nn.Module, int]]
 
 
 def moments(x: Tensor, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -211,9 +197,7 @@ class Collector:
 
 
 @contextmanager
-def collect(
-    model: nn.Module, places: Places, record: Record, grad_scale: float = 1.0
-) -> Iterator[None]:
+def collect(model: GPT, record: Record, grad_scale: float = 1.0) -> Iterator[None]:
     """Inside, one forward and backward of `model` fills the record.
 
     grad_scale  what a gradient is multiplied with: grad_accum, where the loss was divided by it
@@ -226,12 +210,12 @@ def collect(
     for name, module in model.named_modules():
         if module in norms:
             collector.site(name, module)
-    for name, module in places.streams.items():
-        collector.stream(name, module)
-    for name, module in places.branches.items():
-        collector.branch(name, module)
-    for name, (q_from, k_from, n_head) in places.heads.items():
-        collector.heads(name, q_from, k_from, n_head)
+    collector.stream("embd", model.drop)
+    for i, block in enumerate(cast(Iterable[Block], model.h)):
+        collector.stream(f"h.{i}", block)
+        for name, sublayer in (("attn", block.attn), ("mlp", block.mlp)):
+            collector.branch(f"h.{i}.{name}", sublayer["out"])
+        collector.heads(f"h.{i}.attn", block.attn["q"], block.attn["k"], block.attn.n_head)
     collector.logits(model)
     try:
         yield

@@ -56,7 +56,7 @@ def update(
     for x, y in batches.at(step, device):
         watching: AbstractContextManager[None] = nullcontext()
         if counting and not losses:
-            watching = stats.collect(model, model.places(), record, accum)
+            watching = stats.collect(model, record, accum)
         with watching, gradients_stay(forward, len(losses) < accum - 1):
             with autocast(device, cfg.dtype):
                 _, loss = forward(x, y)
@@ -121,7 +121,7 @@ def where_not_finite(
         record: stats.Record = {}
         with (
             autocast(device, cfg.dtype),
-            stats.collect(state.model, state.model.places(), record),
+            stats.collect(state.model, record),
         ):
             state.model(x, y)
         for site in from_all_processes(stats.first_nonfinite(record)):

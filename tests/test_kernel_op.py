@@ -118,7 +118,7 @@ def test_a_model_with_fused_residuals_equals_the_plain_one(
     for norm in ("layer", "cuda_layer"):
         model = build_model(make_config("data=pydoc", f"norm={norm}", f"placement={placement}"), 61)
         record: stats.Record = {}
-        with stats.collect(model, model.places(), record):
+        with stats.collect(model, record):
             loss = model(idx, idx)[1]
             loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}

@@ -127,7 +127,7 @@ def test_layers_branches_and_logits_are_recorded() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     x = torch.randint(50, (2, 8))
     record: dict = {}
-    with collect(model, model.places(), record):
+    with collect(model, record):
         logits, loss = model(x, x)
         loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.h[1].parameters()]).norm().item()
@@ -148,7 +148,7 @@ def test_layers_branches_and_logits_are_recorded() -> None:
     assert site["alpha_drift"] == site["gamma_drift"] == 0
     assert site["saturation"] == 0
     record: dict = {}
-    with collect(model, model.places(), record):
+    with collect(model, record):
         model(x, x)
     assert table(record)["sites"]["head"]["gamma_drift"] > 0
 
@@ -158,7 +158,7 @@ def test_every_site_and_depth_is_recorded(norm: str) -> None:
     model = build_model(make_config("data=pydoc", f"norm={norm}", "placement=peri"), 50)
     x = torch.randint(50, (2, 8))
     record: dict = {}
-    with collect(model, model.places(), record):
+    with collect(model, record):
         model(x, x)[1].backward()
     result = table(record)
     slots = [
@@ -189,7 +189,7 @@ def test_the_gradient_at_an_identity_is_the_branch_s_alone() -> None:
     norms = []
     for m in (model, copying):
         record: dict = {}
-        with collect(m, m.places(), record):
+        with collect(m, record):
             m(x, x)[1].backward()
         norms.append(table(record)["sites"]["h.0.attn.in"]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -201,7 +201,7 @@ def test_gradient_norms_do_not_depend_on_accumulation() -> None:
     norms = []
     for accum in (1, 4):
         record: dict = {}
-        with collect(model, model.places(), record, grad_scale=accum):
+        with collect(model, record, grad_scale=accum):
             (model(x, x)[1] / accum).backward()
         norms.append(table(record)["sites"]["head"]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -209,7 +209,7 @@ def test_gradient_norms_do_not_depend_on_accumulation() -> None:
 
 def test_no_hook_is_left_behind_even_after_an_error() -> None:
     model = build_model(make_config("data=pydoc"), 50)
-    with pytest.raises(RuntimeError, match="inside"), collect(model, model.places(), {}):
+    with pytest.raises(RuntimeError, match="inside"), collect(model, {}):
         raise RuntimeError("inside")
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -218,7 +218,7 @@ def test_the_first_site_that_is_not_finite_is_named() -> None:
     model = build_model(make_config("data=pydoc"), 50)
     model.h[1].mlp["in"].weight.data[3] = float("inf")
     record: dict = {}
-    with collect(model, model.places(), record):
+    with collect(model, record):
         model(torch.randint(50, (2, 8)))
     assert first_nonfinite(record) == "h.1.mlp.in (gamma_norm)"
 
