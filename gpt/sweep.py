@@ -1,8 +1,10 @@
-"""A sweep while it runs: how many cells there are, and a table of them that follows their files."""
+"""A sweep: where its runs go, how many there are, and a table that follows their files."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +20,36 @@ from rich.live import Live
 from rich.table import Table
 
 from gpt.cli import CONFIGS
-from gpt.errors import UserError
+from gpt.errors import ConfigError, UserError
 from gpt.files import read_json, read_jsonl
-from gpt.results import read_config
+from gpt.results import load_summaries, print_table, read_config
 
 SHOWN = 12  # lines of the table at most: what is running, then what ended last
+
+
+def sweep_dir(argv: list[str]) -> Path | None:
+    """Where a sweep's runs go: it follows from the sweep's name or its overrides, so that the same
+    command finds the cells that it has finished. None for a single run."""
+    if not {"-m", "--multirun"} & set(argv):
+        return None
+    given = dict(arg.split("=", 1) for arg in argv if "=" in arg and not arg.startswith("-"))
+    if "hydra.sweep.dir" in given:
+        return Path(given["hydra.sweep.dir"])
+    overrides = sorted(f"{k}={v}" for k, v in given.items() if not k.startswith("hydra"))
+    named = given.get("sweep", "sweep")
+    if len(overrides) == 1 and "sweep" in given:
+        return Path("runs") / named
+    digest = hashlib.sha256(" ".join(overrides).encode()).hexdigest()
+    return Path("runs") / f"{named}-{digest[:8]}"
+
+
+def refuse_sweep(argv: list[str]) -> None:
+    """ConfigError where the command says what only a single run can have."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("a sweep's cells run in one process each: start it without torchrun")
+    for arg in argv:
+        if arg.startswith("run_dir="):
+            raise ConfigError(f"{arg}: a sweep's runs have their own; hydra.sweep.dir=DIR for all")
 
 
 def count_cells(argv: list[str]) -> int | None:
@@ -43,7 +70,7 @@ def count_cells(argv: list[str]) -> int | None:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Progress:
     """A run of the sweep, as its files have it. cost: tokens to train on; done: trained on."""
 
     name: str
@@ -54,7 +81,7 @@ class Cell:
     changed: float
 
 
-def read_cell(run_dir: Path) -> Cell | None:
+def read_progress(run_dir: Path) -> Progress | None:
     """None where the run has not begun, or its files are in the middle of being written."""
     try:
         cfg = read_config(str(run_dir))
@@ -69,19 +96,21 @@ def read_cell(run_dir: Path) -> Cell | None:
             state = f"val loss {loss:.4f}" if loss is not None else "no loss"
             if "diverged_at" in summary:
                 state = f"diverged at {summary['diverged_at']}"
-            return Cell(
+            return Progress(
                 run_dir.name, state, f"{step}/{steps}", a_step * step, a_step * step, changed
             )
         rows = read_jsonl(path)
     except (OSError, KeyError, UserError):
         return None
     step = rows[-1]["step"] if rows else 0
-    return Cell(run_dir.name, "begun", f"{step}/{steps}", a_step * steps, a_step * step, changed)
+    return Progress(
+        run_dir.name, "begun", f"{step}/{steps}", a_step * steps, a_step * step, changed
+    )
 
 
 def progress_table(folder: Path, total: int | None, started: float, done_before: float) -> Table:
     """The cells below `folder`: running first, then the newest; how many; the time left."""
-    cells = [c for path in folder.glob("*/config.yaml") if (c := read_cell(path.parent))]
+    cells = [c for path in folder.glob("*/config.yaml") if (c := read_progress(path.parent))]
     total = max(total, len(cells)) if total else None
     begun = [c for c in cells if c.state == "begun"]
     running = [c for c in begun if c.changed >= started]  # not those that a kill has left
@@ -108,7 +137,7 @@ def live_table(folder: Path, total: int | None) -> Iterator[None]:
         yield
         return
     started = time.time()
-    before = sum(c.done for p in folder.glob("*/config.yaml") if (c := read_cell(p.parent)))
+    before = sum(c.done for p in folder.glob("*/config.yaml") if (c := read_progress(p.parent)))
     with Live(
         get_renderable=lambda: progress_table(folder, total, started, before),
         refresh_per_second=0.5,
@@ -116,3 +145,11 @@ def live_table(folder: Path, total: int | None) -> Iterator[None]:
         transient=True,
     ):
         yield
+
+
+def show_results(folder: Path) -> None:
+    """The table of a sweep's runs, if there are any."""
+    summaries = load_summaries(folder)
+    if summaries:
+        print_table(summaries)
+        print(f"python scripts/report.py {folder}   makes a page of it")

@@ -5,8 +5,6 @@ Several at once, a table at the end: python scripts/train.py -m norm=layer,rms s
 
 from __future__ import annotations
 
-import hashlib
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from gpt import cli
 from gpt.config import register_schemas, typed
 from gpt.errors import ConfigError, nearest
-from gpt.sweep import count_cells, live_table
+from gpt.sweep import count_cells, live_table, refuse_sweep, show_results, sweep_dir
 
 register_schemas()
 
@@ -63,41 +61,6 @@ def swap_norm(raw: DictConfig, overrides: list[str]) -> None:
         OmegaConf.update(raw, key, value, force_add=True)
 
 
-def show_results(folder: Path) -> None:
-    """The table of a sweep's runs, if there are any."""
-    from gpt.results import load_summaries, print_table
-
-    summaries = load_summaries(folder)
-    if summaries:
-        print_table(summaries)
-        print(f"python scripts/report.py {folder}   makes a page of it")
-
-
-def refuse_sweep() -> None:
-    """ConfigError where the command says what only a single run can have."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError("a sweep's cells run in one process each: start it without torchrun")
-    for arg in sys.argv[1:]:
-        if arg.startswith("run_dir="):
-            raise ConfigError(f"{arg}: a sweep's runs have their own; hydra.sweep.dir=DIR for all")
-
-
-def sweep_dir(argv: list[str]) -> Path | None:
-    """Where a sweep's runs go: it follows from the sweep's name or its overrides, so that the same
-    command finds the cells that it has finished. None for a single run."""
-    if not {"-m", "--multirun"} & set(argv):
-        return None
-    given = dict(arg.split("=", 1) for arg in argv if "=" in arg and not arg.startswith("-"))
-    if "hydra.sweep.dir" in given:
-        return Path(given["hydra.sweep.dir"])
-    overrides = sorted(f"{k}={v}" for k, v in given.items() if not k.startswith("hydra"))
-    named = given.get("sweep", "sweep")
-    if len(overrides) == 1 and "sweep" in given:
-        return Path("runs") / named
-    digest = hashlib.sha256(" ".join(overrides).encode()).hexdigest()
-    return Path("runs") / f"{named}-{digest[:8]}"
-
-
 if __name__ == "__main__":
     args = [cli.literal(arg, "norm.module") for arg in sys.argv[1:]]
     multirun = {"-m", "--multirun"} & set(args)
@@ -113,12 +76,11 @@ if __name__ == "__main__":
         ]
         cli.run(main)
     else:
-        cli.run(refuse_sweep)
-        results = partial(show_results, folder)
+        cli.run(partial(refuse_sweep, sys.argv[1:]))
         total = count_cells(sys.argv[1:])
         sys.argv.append(f"hydra.sweep.dir={folder}")
         try:
             with live_table(folder, total):
                 cli.run(main)
         finally:
-            cli.run(results)
+            cli.run(partial(show_results, folder))
