@@ -21,12 +21,15 @@ from gpt.kernels.layer_norm import SOURCE, Kind, Plan, backward_cuda, forward_cu
 from tests.on_host import Host
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-# x, branch, y, weights: fp32; all bf16; all fp16; GPT-2 under autocast; mixed at will
+# x, branch, y, weights: fp32; all bf16; all fp16; under autocast a norm before a sublayer, after
+# it, and inside it; mixed at will
 DTYPES = [
     (F32, F32, F32, F32),
     (BF16, BF16, BF16, BF16),
     (FP16, FP16, FP16, FP16),
     (F32, BF16, BF16, F32),
+    (F32, BF16, F32, F32),
+    (BF16, BF16, BF16, F32),
     (BF16, FP16, F32, BF16),
 ]
 SIZES = [1, 7, 768, 769, 1024, 1280, 1600, 4096, 8192, 50_000]
@@ -195,6 +198,12 @@ def test_what_is_not_finite_is_never_covered_up(kernels_on_host: None, bad: floa
     y, _, _, rstd = forward_cuda(x, None, torch.ones(768), None, 1e-5, F32)
     assert not y[0].isfinite().any() or rstd[0] == 0
     assert y[1].isfinite().all()
+
+
+def test_a_tensor_on_another_device_is_refused() -> None:
+    """Its pointer would mean nothing to the device."""
+    with pytest.raises(ValueError, match="layer_norm: weight is on cpu; expected meta, as x"):
+        forward_cuda(torch.ones(4, 64, device="meta"), None, torch.ones(64), None, 1e-5, F32)
 
 
 @pytest.mark.parametrize(("branch", "width"), [((1, 64), 64), ((4, 64), 16)])

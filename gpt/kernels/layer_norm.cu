@@ -302,13 +302,13 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
             }
         }
         row_sum(sum_g, sum_gx, shared[turn][group]);
-        const float mean_g = sum_g * (1.0f / C) * scale, mean_gx = sum_gx * (1.0f / C) * scale;
+        const float mean_g = sum_g * (1.0f / C), mean_gx = sum_gx * (1.0f / C);
         if (is_row) EACH_ACCESS {
             float out[VEC], add[VEC];
             if (BRANCH) unpack(more[h], add);
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                out[i] = g[h][i] * scale - mean_g - x_hat[h][i] * mean_gx;
+                out[i] = (g[h][i] - mean_g - x_hat[h][i] * mean_gx) * scale;
                 if (BRANCH) out[i] += add[i];
             }
             store(dx + row * C + c, out);
@@ -373,14 +373,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
             }
         }
         row_sum(sum_g, sum_gx, shared[turn]);
-        const float mean_g = sum_g * (1.0f / C) * scale, mean_gx = sum_gx * (1.0f / C) * scale;
+        const float mean_g = sum_g * (1.0f / C), mean_gx = sum_gx * (1.0f / C);
         EACH_ACCESS {
             get(c);
             float out[VEC], more[VEC];
             if (BRANCH) load(dstream + row * C + c, more);
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                out[i] = g[i] * scale - mean_g - x_hat[i] * mean_gx;
+                out[i] = (g[i] - mean_g - x_hat[i] * mean_gx) * scale;
                 if (BRANCH) out[i] += more[i];
             }
             store(dx + row * C + c, out);

@@ -124,6 +124,8 @@ def forward_cuda(
             raise ValueError(
                 f"layer_norm: {name} is {tuple(tensor.shape)}; expected {tuple(expected)}"
             )
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"layer_norm: {name} is on {tensor.device}; expected {x.device}, as x")
     x, weight = x.contiguous(), weight.contiguous()
     branch = None if branch is None else branch.contiguous()
     bias = None if bias is None else bias.to(weight.dtype).contiguous()
