@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
         xs = [contexts.index(cell.context) + shift for cell in mine]
         means, halves = zip(*(interval(c.losses.values()) for c in mine), strict=True)
         errors = [math.nan if half is None else half for half in halves]
-        axis.errorbar(xs, means, errors, fmt="o", capsize=3, color=style["color"], label=norm)
-    axis.set_xticks(range(len(contexts)), [c.replace(" ", "\n") for c in contexts])
+        axis.errorbar(
+            xs, means, errors, fmt="o", capsize=3, color=style["color"], label=wrapped(norm)
+        )
+    axis.set_xticks(range(len(contexts)), [wrapped(c, 16) for c in contexts])
     axis.set_ylabel(f"validation loss, {UNITS[cells[0].unit]}")
     tidy(axis)
     axis.legend(frameon=False, title="norm")
@@ -71,7 +74,7 @@ def draw_curves(cells: list[Cell]) -> Figure:
         for run in cell.runs:
             steps, values = curve(run["run_dir"])
             axis, style = panels[cell.context], styles[cell.norm]
-            axis.plot(steps, values, label=cell.norm, linewidth=1.6, **style)
+            axis.plot(steps, values, label=wrapped(cell.norm), linewidth=1.6, **style)
             if "diverged_at" in run:
                 axis.plot(steps[-1:], values[-1:], "x", color=style["color"])
     figure.axes[0].set_ylim(curve_limits(cells))
@@ -93,7 +96,7 @@ def draw_lr(cells: list[Cell]) -> Figure | None:
         ended = [(c.lr, *interval(c.losses.values())) for c in mine if c.losses]
         lrs, means, halves = zip(*ended, strict=True) if ended else ((), (), ())
         errors = [math.nan if h is None else h for h in halves]
-        axis.errorbar(lrs, means, errors, label=mine[0].norm, capsize=3, **style)
+        axis.errorbar(lrs, means, errors, label=wrapped(mine[0].norm), capsize=3, **style)
         lost = [c.lr for c in mine if c.diverged]
         height = 0.96 - 0.06 * list(styles).index(mine[0].norm)
         top = axis.get_xaxis_transform()
@@ -134,7 +137,7 @@ def draw_depth(cells: list[Cell]) -> Figure | None:
         axis.set_visible(False)
     for axis, (cell, steps, depths, z) in zip(axes.flat, maps, strict=False):
         drawn = axis.imshow(z, vmin=low, vmax=high, aspect="auto", origin="lower")
-        axis.set_title(cell.label, fontsize=8)
+        axis.set_title(wrapped(cell.label), fontsize=8)
         shown = range(0, len(depths), -(-len(depths) // 6))
         axis.set_yticks(list(shown), [depths[i] for i in shown], fontsize=7)
         ends = [0, len(steps) - 1]
@@ -169,13 +172,18 @@ def panels_by_context(
 
 def finish(figure: Figure, panels: dict[str, Axes], x: str, y: str) -> None:
     for context, axis in panels.items():
-        axis.set_title(context, fontsize=10)
+        axis.set_title(wrapped(context), fontsize=10)
         tidy(axis)
     figure.supxlabel(x, fontsize=10)
     figure.supylabel(y, fontsize=10)
     found = [axis.get_legend_handles_labels() for axis in panels.values()]
     labels = {t: h for handles, texts in found for h, t in zip(handles, texts, strict=True)}
     figure.legend(labels.values(), labels.keys(), frameon=False, loc="outside right center")
+
+
+def wrapped(label: str, width: int = 26) -> str:
+    """On several lines where it is long: paths may be part of it."""
+    return textwrap.fill(label, width)
 
 
 def tidy(axis: Axes) -> None:

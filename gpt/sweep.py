@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,4 +153,4 @@ def show_results(folder: Path) -> None:
     summaries = load_summaries(folder)
     if summaries:
         print_table(summaries)
-        print(f"python scripts/report.py {folder}   makes a page of it")
+        print(f"python scripts/report.py {shlex.quote(str(folder))}   makes a page of it")

@@ -105,6 +105,15 @@ def test_a_leak_in_a_corner_is_found(
     assert sight() == Sight(training, evaluation)
 
 
+def pairs(norm: LayerNorm, x: Tensor) -> Tensor:
+    return x - x.view(-1, 2, *x.shape[1:]).mean(1).repeat_interleave(2, 0)
+
+
+def test_a_norm_over_pairs_of_samples_can_be_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayerNorm, "forward", pairs)
+    assert sight() == Sight((NEIGHBOURS,), (NEIGHBOURS,))
+
+
 def test_a_norm_that_binds_its_buffer_anew_is_left_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -246,6 +255,11 @@ def test_a_norm_of_one_s_own_that_was_edited_is_another(corpus: Path, tmp_path: 
         ),
         ("def forward(self, x): return None", "its forward gave NoneType; expected a tensor of"),
         ("def forward(self, x): return x[:1]", "its forward gave (1, 2, 8); expected a tensor of"),
+        ("def forward(self, x): return x.view(2, *x.shape[1:])", "norm.module: with 4 samples of"),
+        (
+            "def forward(self, x): self.register_buffer('late', x.mean()); return x",
+            "h.0.attn.in.late: it was not there from the start",
+        ),
     ],
 )
 def test_a_broken_norm_of_one_s_own_is_one_line(code: str, message: str, tmp_path: Path) -> None:

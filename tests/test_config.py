@@ -42,7 +42,7 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("init.swap=rms", "did you mean 'init.swap_norm'?"),
         ("norm.epz=1", "norm.epz: norm=layer has no such key; did you mean 'norm.eps'?"),
         ("norm.name=layr", "did you mean 'layer'?"),
-        ("norm.eps=tiny", "norm.eps=tiny: expected float"),
+        ("norm.eps=tiny", "norm.eps=tiny: expected a finite number"),
         ("model.n_lyer=3", "model.n_lyer: no such key; did you mean 'model.n_layer'?"),
         ("steps=3", "steps: no such key; did you mean 'train.steps'?"),
         ("train.lr=1", "train.lr: no such key; did you mean 'optim.lr'?"),

@@ -177,8 +177,8 @@ def test_cuda_layer_never_falls_back_silently() -> None:
     [
         ("layr", {}, "did you mean 'layer'"),
         ("layer", {"epz": 1}, "did you mean 'eps'"),
-        ("layer", {"eps": "small"}, "expected float"),
-        ("layer", {"eps": float("inf")}, "expected float"),
+        ("layer", {"eps": "small"}, "expected a finite number"),
+        ("layer", {"eps": float("inf")}, "expected a finite number"),
         ("layer", {"eps": -1.0}, "expected a number >= 0"),
         ("layer", {"bias": 1}, "expected bool"),
         ("batch_pos", {}, "norm.block_size is not given"),

@@ -23,6 +23,9 @@ What a norm may have beside `forward`, each looked for where it is used:
     saturation(x)            the share of x where it is nearly flat
     affine()                 in evaluation: (scale, shift), (C,) each, where it is x·scale + shift
     adds                     it takes (x, branch, stays) and gives (norm of the sum, sum)
+
+Statistics over the batch go through `gpt.distributed.mean_over_processes`, so that several
+processes share them. What a norm remembers is in buffers that are there from the start.
 """
 
 from __future__ import annotations
@@ -134,7 +137,10 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
             )
         expected = known[key].annotation
         if not accepts(expected, value):
-            raise ConfigError(f"{where}: expected {getattr(expected, '__name__', expected)}")
+            kind = (
+                "a finite number" if expected is float else getattr(expected, "__name__", expected)
+            )
+            raise ConfigError(f"{where}: expected {kind}")
         if expected is float:
             options[key] = float(value)
     missing = [k for k, p in known.items() if p.default is p.empty and k not in options]

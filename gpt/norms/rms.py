@@ -28,7 +28,8 @@ class RMSNorm(nn.Module):
     eps      ε ≥ 0
     partial  the mean runs over the first ⌈partial·C⌉ features, in (0, 1]: pRMSNorm
 
-    Use it in place of LayerNorm: cheaper, and rarely worse. Not where a feature's offset matters.
+    Use it in place of LayerNorm: fewer operations (here not faster: torch fuses LayerNorm's on the
+    CPU), and rarely worse. Not where a feature's offset matters.
     Zhang, Sennrich 2019, arXiv:1910.07467.
     """
 
