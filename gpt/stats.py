@@ -128,7 +128,8 @@ class Collector:
             label, value = GREEK.get(parameter, parameter), value.detach().float()
             self.record["sites", name, f"{label}_norm"] = value.norm()
             if parameter in getattr(norm, "started", {}):
-                off = value - norm.started[parameter].to(value)
+                norm.started[parameter] = norm.started[parameter].to(value)  # copied once
+                off = value - norm.started[parameter]
                 self.record["sites", name, f"{label}_drift"] = off.square().mean().sqrt()
 
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
