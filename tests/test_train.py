@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
 
+from gpt.causality import Sight
 from gpt.config import Config
 from gpt.device import peak_memory, reset_peak_memory
 from gpt.errors import ConfigError, Diverged
@@ -156,8 +158,13 @@ def test_a_run_that_diverges_stops_before_the_update_and_names_step_and_site(
     from gpt.checkpoint import checkpoints, load_model
     from gpt.norms.layer import LayerNorm
 
-    calls = {"train": 0}
-    forward = LayerNorm.forward
+    calls = {"train": -math.inf}
+    forward, probe = LayerNorm.forward, trainer.probe
+
+    def probed(*args: Any) -> Sight:
+        sight = probe(*args)
+        calls["train"] = 0  # from here on: the probe trains nothing
+        return sight
 
     def poisoned(self: LayerNorm, x: torch.Tensor) -> torch.Tensor:
         y = forward(self, x)
@@ -168,6 +175,7 @@ def test_a_run_that_diverges_stops_before_the_update_and_names_step_and_site(
         return y
 
     monkeypatch.setattr(LayerNorm, "forward", poisoned)
+    monkeypatch.setattr(trainer, "probe", probed)
     build = trainer.build_model
 
     def build_poisoned(cfg: Config, vocab_size: int) -> torch.nn.Module:
