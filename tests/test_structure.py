@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -125,8 +124,7 @@ def test_the_study_s_numbers_are_those_of_its_tables() -> None:
 def test_the_study_s_tables_follow_from_its_runs(tmp_path: Path) -> None:
     """What its runs left behind is in the archive; the report makes the same tables of it."""
     study = REPO / ".github" / "study"
-    with tarfile.open(study / "runs.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    subprocess.run(["tar", "-xf", study / "runs.tar.xz", "-C", tmp_path], check=True)
     questions = sorted(path.parent.name for path in study.glob("*/table.md"))
     assert questions == sorted(path.name for path in (tmp_path / "runs").iterdir())
     for question in questions:
