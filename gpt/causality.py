@@ -80,9 +80,8 @@ def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int) -> Sig
         except Exception as error:
             if not any(type(norm).__module__.startswith(USER) for norm in norms_of(model)):
                 raise
-            raise ConfigError(
-                f"norm.module: with 4 samples of {T} tokens {type(error).__name__}: {error}"
-            ) from error
+            given = f"norm.module: with {len(idx)} samples of {T} tokens"
+            raise ConfigError(f"{given} {type(error).__name__}: {error}") from error
 
     def sight() -> tuple[str, ...]:
         found = set()

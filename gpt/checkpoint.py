@@ -95,7 +95,7 @@ def restore(run_dir: Path, state: TrainState) -> bool:
                 "another run_dir"
             )
     state.step = progress["step"]
-    state.setting |= progress["setting"]
+    state.setting |= progress["setting"]  # what init.from was, where it is gone
     state.model.load_state_dict(load_file(folder / "model.safetensors"))
     load_optimizer(state.model, state.optimizer, load_file(folder / "optimizer.safetensors"))
     return True
