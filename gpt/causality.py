@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from gpt.device import autocast
 from gpt.errors import ConfigError
 from gpt.norms.registry import USER, begin_step, norms_of
 
@@ -50,15 +51,18 @@ class Sight:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int) -> Sight:
-    """Change one of four samples and look which other outputs change: the first, the third and the
-    last, from its first token on, its second, its middle and its last, since a norm may look at a
-    part of the batch alone.
+def probe(
+    model: nn.Module, vocab_size: int, block_size: int, steps: int, dtype: str = "float32"
+) -> Sight:
+    """Change the first, third or last of four samples from its first token on, its second, its
+    middle or its last (a norm may look at a part of the batch alone), and see which other outputs
+    change.
 
     Once as at the first training step and once as at the last, since some norms change on the way;
-    in training with gradients on, as there; and with random weights, since initial ones may hide
-    what training brings out (a γ or a branch that starts at 0). The model is left in training mode,
-    its weights and buffers as they were. ConfigError where a norm of the user's cannot do this.
+    in training with gradients on, as there; in the run's `dtype`, since other kernels may be at
+    work in it; and with random weights, since initial ones may hide what training brings out (a γ
+    or a branch that starts at 0). The model is left in training mode, its weights and buffers as
+    they were. ConfigError where a norm of the user's cannot do this.
     """
     kept = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
     device = next(model.parameters()).device
@@ -75,7 +79,7 @@ def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int) -> Sig
         begin_step(model, step, steps)
         torch.manual_seed(0)  # the same dropout in both
         try:
-            with torch.set_grad_enabled(model.training):
+            with torch.set_grad_enabled(model.training), autocast(device, dtype):
                 return model(tokens)[0].detach().float()
         except Exception as error:
             if not any(type(norm).__module__.startswith(USER) for norm in norms_of(model)):

@@ -7,7 +7,6 @@ tells a bit that flipped later. Nothing is pickled.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from gpt.config import load_config
 from gpt.errors import DataError, MissingInput, UserError
-from gpt.files import read_json
+from gpt.files import read_json, sha256, sync
 from gpt.model import GPT
 from gpt.placement import build_model
 from gpt.tokenizer import load_tokenizer
@@ -33,7 +32,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 @dataclass
 class TrainState:
-    """All that changes while training; batches and dropout follow from `step`.
+    """What a checkpoint holds; batches and dropout follow from `step`.
 
     setting  what must be the same when resuming, beside the configuration: what the run is
              made of, the device and the precision that `auto` stood for
@@ -152,23 +151,6 @@ def is_valid(folder: Path) -> bool:
     if damaged:
         print(f"warning: {folder} is damaged: {', '.join(damaged)}", file=sys.stderr)
     return not damaged
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -162,7 +163,6 @@ def literal(arg: str, *keys: str) -> str:
         return arg
     if key != "prompt" and (value in ("", "null") or (value[0] == value[-1] and value[0] in "'\"")):
         return arg
+    # OmegaConf would take ${ for an interpolation.
     value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
-    # Inside quotes only a quote, and the backslashes right before one, need a backslash.
-    quoted = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
-    return f"{key}='{quoted}'"
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"

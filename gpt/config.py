@@ -154,7 +154,8 @@ class OptimConfig:
             value = getattr(self, key)
             check(0 <= value < math.inf, f"optim.{key}", value, "a finite number >= 0")
         for key in ("beta1", "beta2"):
-            check(0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "one in [0, 1)")
+            value = getattr(self, key)
+            check(0 <= value < 1, f"optim.{key}", value, "a number in [0, 1)")
         check(self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"at most optim.lr={self.lr}")
         check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "an integer >= 0")
 

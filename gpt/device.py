@@ -13,13 +13,18 @@ try:
 except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
+from gpt.distributed import world_size
 from gpt.errors import MissingInput
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first of CUDA, MPS and CPU that is there; a device that is not is an error."""
+    """`auto` is the first of CUDA, MPS and CPU that is there; a device that is not is an error.
+
+    `cuda:N` becomes the current device, which torch asks for what it can do.
+    """
     available = ["cpu"]
-    if torch.backends.mps.is_available():
+    # Several processes could not exchange MPS's tensors.
+    if torch.backends.mps.is_available() and world_size() == 1:
         available.insert(0, "mps")
     if torch.cuda.is_available():
         available.insert(0, "cuda")
@@ -27,6 +32,8 @@ def resolve_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.type not in available or (device.index or 0) >= count:
         raise MissingInput(f"device={name}: not on this machine; it has {', '.join(available)}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

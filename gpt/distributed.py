@@ -41,6 +41,8 @@ def processes(device: str) -> Iterator[None]:
         return
     if ":" in device:
         raise ConfigError(f"device={device}: each of several processes has its own; say cuda")
+    if device == "mps":
+        raise ConfigError("device=mps: one process alone can use it; say device=cpu")
     on_cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if on_cuda:
         here, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()

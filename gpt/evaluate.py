@@ -10,7 +10,7 @@ from torch import Tensor
 from gpt.data import ValBatches
 from gpt.device import autocast
 from gpt.model import GPT
-from gpt.norms.batch import batch_statistics, with_batch_stats
+from gpt.norms.batch import batch_statistics, norms_with_batch_stats
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def evaluate(
     model.eval()
     loss, bpb = losses()
     result = {"val_loss": loss, "val_bpb": bpb}
-    if with_batch_stats(model):
+    if norms_with_batch_stats(model):
         with batch_statistics(model):
             result["val_loss_batch_stats"], _ = losses(equal=True)
     model.train()

@@ -1,7 +1,8 @@
-"""Small files: written whole or not at all, read to the last whole line."""
+"""Files: written whole or not at all, read to the last whole line."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -43,6 +44,25 @@ def read_json(path: Path) -> dict[str, Any]:
         raise MissingInput(f"{path}: no such file") from error
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); restore or remove it") from error
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to the disk; Windows opens no folder."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def flatten(values: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Affine(nn.Module):
 
 @torch.no_grad()
 def fold(model: GPT) -> dict[str, int]:
-    """Fold in place every norm of `model`, in evaluation mode, that has an `affine()` there.
+    """Fold in place every norm of `model`, in evaluation mode, that has an `as_affine()` there.
 
     W(x·s + t) + b = (W·s)x + (Wt + b) for `in` and `mid`; (Wx + b)·s + t for `out`, `q`, `k`, `v`.
     At `after`, `embd` and `head` no Linear can take it in (the head's weight is the embedding's):
@@ -76,7 +76,7 @@ def fold(model: GPT) -> dict[str, int]:
 def affine_of(norm: nn.Module, counts: dict[str, int]) -> tuple[Tensor, Tensor] | None:
     if isinstance(norm, nn.Identity):
         return None
-    affine = getattr(norm, "affine", None)
-    result = affine() if affine else None
+    as_affine = getattr(norm, "as_affine", None)
+    result = as_affine() if as_affine else None
     counts["kept"] += result is None
     return result

@@ -1,7 +1,8 @@
 """GPT-2 with a norm, or none, at every place where a norm can stand.
 
-The shape of the model is nanoGPT's: learned positions, fused qkv, tanh-GELU, tied head. What is
-new is one equation, `Sublayer`. Sizes: B batch, T time, C = n_embd, nh = n_head, hs = C / nh.
+The shape of the model is nanoGPT's: learned positions, fused qkv, tied head; with the tanh-GELU and
+the biases that GPT-2 has. What is new is one equation, `Sublayer`. Sizes: B batch, T time,
+C = n_embd, nh = n_head, hs = C / nh.
 """
 
 from __future__ import annotations

@@ -51,18 +51,12 @@ class Screen:
         self.say("\n--- a sample " + "-" * 50)
         self.say(sample.strip("\n"))
         self.say("-" * 63)
-        seen = {
-            mode: f"  ({verdict(summary[f'sees_in_{mode}'])}: tokens see "
-            f"{' and '.join(summary[f'sees_in_{mode}'])})"
-            if summary[f"sees_in_{mode}"]
-            else ""
-            for mode in ("training", "evaluation")
-        }
-        self.say(
-            f"train loss {summary['train_loss']:.4f}  mean of the last steps{seen['training']}"
-        )
-        self.say(
-            f"val loss   {summary['val_loss']:.4f}  {summary['val_bpb']:.4f} bits per byte"
-            + seen["evaluation"]
-        )
+
+        def seen(mode: str) -> str:
+            what = summary[f"sees_in_{mode}"]
+            return f"  ({verdict(what)}: tokens see {' and '.join(what)})" if what else ""
+
+        train, val = f"{summary['train_loss']:.4f}", f"{summary['val_loss']:.4f}"
+        self.say(f"train loss {train}  mean of the last steps{seen('training')}")
+        self.say(f"val loss   {val}  {summary['val_bpb']:.4f} bits per byte{seen('evaluation')}")
         self.say(f"run        {run_dir}", style="bold")

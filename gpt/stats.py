@@ -9,7 +9,7 @@
     output     `logits`: mean log Z
 
 Hooks are there only inside `collect`, so that all other steps cost nothing; inside, everything
-stays on the device until `table` reads it in one transfer; on CUDA `bincount` waits as well.
+stays on the device until `table` reads it in one transfer; on an accelerator `bincount` waits too.
 """
 
 from __future__ import annotations

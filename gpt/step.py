@@ -38,12 +38,12 @@ def update(
     forward: nn.Module,
     batches: TrainBatches,
     device: torch.device,
-    counting: bool,
+    collecting: bool,
 ) -> tuple[Row, stats.Record]:
     """The step after `state.step`, on the mean loss of its micro-batches.
 
-    The loss and the gradient's norm before clipping; and, if `counting`, the statistics of the
-    first micro-batch. Where either is NaN or infinite the weights stay as they are.
+    The loss and the gradient's norm before clipping; and, if `collecting`, the statistics of the
+    first micro-batch. Where either is NaN or infinite the weights stay as they are, from then on.
 
     forward  the model, or what compiles it or shares its gradients
     """
@@ -55,7 +55,7 @@ def update(
     seed_dropout(cfg, step)
     for x, y in batches.at(step, device):
         watching: AbstractContextManager[None] = nullcontext()
-        if counting and not losses:
+        if collecting and not losses:
             watching = stats.collect(model, record, accum)
         with watching, gradients_stay(forward, len(losses) < accum - 1):
             with autocast(device, cfg.dtype):
@@ -63,7 +63,7 @@ def update(
             ((loss + penalties(model)) / accum).backward()
         losses.append(loss.detach())
     loss = mean_over_processes(torch.stack(losses).mean())
-    with stats.watch_update(model, record) if counting else nullcontext():
+    with stats.watch_update(model, record) if collecting else nullcontext():
         limit = cfg.optim.grad_clip or math.inf
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
         both_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
@@ -71,7 +71,10 @@ def update(
         for group in optimizer.param_groups:
             group["lr"] = lr
         if optimizer.defaults["fused"]:
-            skip = (~both_finite).float()  # decided on the device, so that nothing waits
+            # Decided on the device, so that nothing waits. Once it is true it stays so: the steps
+            # until the losses are read must not move what the cause is looked for in.
+            skip = (~both_finite).float()
+            skip = torch.maximum(skip, getattr(optimizer, "found_inf", skip))
             optimizer.found_inf = skip  # type: ignore[attr-defined]
             optimizer.step()
         elif both_finite:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -65,7 +64,8 @@ def count_cells(argv: list[str]) -> int | None:
             **{arg.split("=", 1)[0]: arg for arg in overrides}}  # fmt: skip
     try:
         parsed = OverridesParser.create().parse_overrides(list(grid.values()))
-        return sum(len(batch) for batch in BasicSweeper.split_arguments(parsed, None))
+        swept = [list(o.sweep_string_iterator()) for o in parsed if o.is_sweep_override()]
+        return math.prod(map(len, swept))
     except HydraException:  # a glob, which Hydra expands; or a mistake, of which Hydra tells
         return None
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt import checkpoint, stats
 from gpt.causality import Sight, probe, refuse_leaks
-from gpt.checkpoint import TrainState, sha256
+from gpt.checkpoint import TrainState
 from gpt.config import Config, save_config
 from gpt.data import Data, TrainBatches, ValBatches, prepare
 from gpt.device import (
@@ -37,7 +37,7 @@ from gpt.distributed import (
 )
 from gpt.errors import ConfigError, DataError, Diverged
 from gpt.evaluate import evaluate
-from gpt.files import read_json, read_jsonl, write_atomically
+from gpt.files import read_json, read_jsonl, sha256, write_atomically
 from gpt.generate import generate
 from gpt.logger import RunLog
 from gpt.model import GPT
@@ -50,7 +50,7 @@ from gpt.step import Row, is_finite, read, update, where_not_finite
 from gpt.surgery import source_sha256, transplant
 from gpt.tokenizer import save_tokenizer, token_bytes
 
-READ_EVERY = 10  # steps: on an accelerator each reading of losses waits for the device
+READ_EVERY = 10  # steps on CUDA, where reading losses waits for the device; else each step does
 TRAIN_LOSS_OVER = 50  # last steps: the summary's training loss is the mean over them
 ANOTHER = {  # in words, where one of a run's `sources` is another
     "corpus_sha256": "on another text",
@@ -165,10 +165,11 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
             f"train.batch_size={cfg.train.batch_size}: expected a multiple of the "
             f"{world_size()} processes"
         )
-    model = build_model(cfg, data.tokenizer.n_vocab).to(device)
+    n_vocab, block_size = data.tokenizer.n_vocab, cfg.model.block_size
+    model = build_model(cfg, n_vocab).to(device)
     defer(model, cfg.train.grad_accum)
     refuse_single_values(model, cfg)
-    sight = probe(model, data.tokenizer.n_vocab, cfg.model.block_size, cfg.train.steps)
+    sight = probe(model, n_vocab, block_size, cfg.train.steps, cfg.dtype)
     if cfg.strict_causal:
         refuse_leaks(sight)
     setting = {
@@ -218,18 +219,18 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
         started = time.perf_counter()
         while state.step < t.steps:
             step = state.step + 1
-            counting = t.stats_every > 0 and (step == 1 or step % t.stats_every == 0)
+            collecting = t.stats_every > 0 and (step == 1 or step % t.stats_every == 0)
             # Statistics hook into the model as it is written, not as it is compiled.
-            forward = model if counting else compiled
-            row, record = update(cfg, state, forward, batches, device, counting)
+            forward = model if collecting else compiled
+            row, record = update(cfg, state, forward, batches, device, collecting)
             unread.append(row)
 
             evaluating = step % t.eval_every == 0 or step == t.steps
-            reading = device.type == "cpu" or step % READ_EVERY == 0
+            reading = device.type != "cuda" or step % READ_EVERY == 0
             # Looked at once, by all processes alike: only what was saved may say "stopped".
             stopping = (reading or world_size() == 1) and on_any_process(bool(signals))
             saving = step % t.checkpoint_every == 0 or step == t.steps or stopping
-            if not (reading or counting or evaluating or saving):
+            if not (reading or collecting or evaluating or saving):
                 continue
             rows = read(unread)
             unread.clear()
@@ -237,7 +238,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             speed = len(rows) * t.batch_size * t.grad_accum * block_size / seconds
             for values in rows:
                 log.metrics(**values, **leaky, tokens_per_s=round(speed, 1))
-            run.screen.steps_done(step, rows[-1]["loss"], None if counting else speed)
+            run.screen.steps_done(step, rows[-1]["loss"], None if collecting else speed)
             if not is_finite(rows[-1]):
                 state.step = rows[-1]["step"]
                 site = where_not_finite(cfg, state, batches, device)
@@ -246,7 +247,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
                     f"{rows[-1]['grad_norm']}, {site}; what {run.dir} has of checkpoints is from "
                     "before. Try a smaller optim.lr or another norm"
                 )
-            if counting:
+            if collecting:
                 log.stats(step, stats.table(record))
             if evaluating:
                 evaluate_and_log()

@@ -11,9 +11,9 @@ and bench_norms.png.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -235,9 +235,12 @@ def measure_blocks() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("out", nargs="?", default=".", type=Path, help="a folder, made if need be")
+    out = parser.parse_args().out
     if not torch.cuda.is_available():
         raise MissingInput("bench_norms needs a CUDA device")
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
     out.mkdir(parents=True, exist_ok=True)
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # past any L2 cache
     copy = copy_bandwidth()

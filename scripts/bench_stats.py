@@ -6,8 +6,8 @@ that is of the training time at train.stats_every. No run is written.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,9 +27,13 @@ STEPS = 20
 
 
 def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("override", nargs="*", help="of the default run, as for scripts/train.py")
+    overrides = parser.parse_args().override
     register_schemas()
     with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
-        cfg = typed(compose("train", sys.argv[1:]))
+        cfg = typed(compose("train", overrides))
     t = cfg.train
     with TemporaryDirectory() as folder:
         data = prepare(cfg)
@@ -38,10 +42,10 @@ def main() -> None:
             data.train.ids, t.batch_size, t.grad_accum, cfg.model.block_size, cfg.seed
         )
 
-        def seconds(counting: bool) -> float:
+        def seconds(collecting: bool) -> float:
             start = time.perf_counter()
-            row, record = update(cfg, state, state.model, batches, run.device, counting)
-            if counting:
+            row, record = update(cfg, state, state.model, batches, run.device, collecting)
+            if collecting:
                 table(record)
             row.loss.item()  # waits for the device
             return time.perf_counter() - start

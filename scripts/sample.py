@@ -24,7 +24,7 @@ def main(raw: DictConfig) -> None:
     from gpt.device import resolve_device
     from gpt.fold import fold
     from gpt.generate import generate
-    from gpt.norms.batch import batch_statistics, with_batch_stats
+    from gpt.norms.batch import batch_statistics, norms_with_batch_stats
     from gpt.norms.registry import load_module
     from gpt.tokenizer import load_tokenizer
 
@@ -32,7 +32,7 @@ def main(raw: DictConfig) -> None:
         load_module(cfg.norm_module)
     model = load_model(cfg.run_dir, cfg.step, resolve_device(cfg.device))
     tokenizer = load_tokenizer(Path(cfg.run_dir) / "tokenizer.json")
-    if cfg.batch_stats and not with_batch_stats(model):
+    if cfg.batch_stats and not norms_with_batch_stats(model):
         raise ConfigError("batch_stats=true: no norm of this run has statistics over the batch")
     if cfg.fold:
         counts = fold(model)

@@ -53,7 +53,7 @@ def anneal(x: Tensor, n: Any) -> Tensor:
 
 
 def prepbn(x: Tensor, n: Any) -> Tensor:
-    return n.fade * rms(x, n, n.rms_weight) + (1 - n.fade) * (batch(x, n) + n.eta * x)
+    return n.share * rms(x, n, n.rms_weight) + (1 - n.share) * (batch(x, n) + n.eta * x)
 
 
 REFERENCES: dict[str, Callable[[Tensor, Any], Tensor]] = {

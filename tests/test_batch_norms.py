@@ -133,6 +133,12 @@ def test_a_norm_that_looks_at_its_input_is_not_folded() -> None:
     assert fold(model) == {"folded": 0, "affine": 0, "kept": 5}
 
 
+def test_a_norm_of_torch_s_whose_affine_is_a_flag_is_not_folded() -> None:
+    model = build_model(make_config("data=pydoc", "placement=post"), 61)
+    model.h[0].attn["after"] = nn.GroupNorm(1, 32)  # type: ignore[index]
+    assert fold(model)["kept"] == 4
+
+
 def test_sampling_folds_on_request_and_says_the_same(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     cfg = make_config("data=text", f"data.path={corpus}", "norm=batch", f"run_dir={run_dir}")
@@ -155,8 +161,8 @@ def test_prepbn_goes_from_rms_norm_to_repbn() -> None:
     norm.begin_step(1, 100)
     torch.testing.assert_close(norm(x), nn.functional.rms_norm(x, (5,), None, 1e-5))
     norm.begin_step(26, 101)
-    assert norm.fade == 0.5
-    assert norm.affine() is None
+    assert norm.share == 0.5
+    assert norm.as_affine() is None
     norm.begin_step(51, 101)
     bn = nn.BatchNorm1d(5)
     expected = bn(x.flatten(0, 1)).view_as(x) + x
@@ -186,7 +192,7 @@ def test_a_schedule_over_the_whole_training_is_done_in_its_last_step(steps: int)
     for norm in (anneal, prepbn):
         norm.begin_step(max(steps, 2), max(steps, 2))
     assert anneal.fade == 1
-    assert prepbn.fade == 0
+    assert prepbn.share == 0
 
 
 def test_annealing_and_power_norm_see_micro_batches_as_one_batch() -> None:

@@ -20,9 +20,9 @@ from tests.conftest import make_config, read_rows
 from tests.programs import run_program, run_pytest
 
 
-def sight(*overrides: str, steps: int = 200):  # type: ignore[no-untyped-def]
+def sight(*overrides: str, steps: int = 200, dtype: str = "float32") -> Sight:
     model = build_model(make_config("data=pydoc", *overrides), 61)
-    return probe(model, 61, 32, steps)
+    return probe(model, 61, 32, steps, dtype)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,22 @@ def test_a_leak_in_a_corner_is_found(
 ) -> None:
     monkeypatch.setattr(LayerNorm, "forward", forward)
     assert sight() == Sight(training, evaluation)
+
+
+def test_a_leak_of_the_run_s_precision_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an attention kernel that masks wrongly in bfloat16 (pytorch#195910)."""
+
+    def forward(norm: LayerNorm, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True) if torch.is_autocast_enabled("cpu") else x
+
+    monkeypatch.setattr(LayerNorm, "forward", forward)
+    assert sight() == Sight((), ())
+    assert sight(dtype="bfloat16") == Sight((FUTURE,), (FUTURE,))
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "group", "dyt", "batch_ema", "anneal"])
+def test_bfloat16_alone_is_no_leak(norm: str) -> None:
+    assert sight(f"norm={norm}", dtype="bfloat16") == Sight((), ())
 
 
 def pairs(norm: LayerNorm, x: Tensor) -> Tensor:

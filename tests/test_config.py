@@ -190,7 +190,8 @@ def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["def ", "f(x, y)", "it's", "a\\", "\\'", "${env}", "'q'", '"', "\n", "a=b", "\\${x}"]
+    "text",
+    ["def ", "f(x, y)", "it's", "a\\", "\\'", "${env}", "'q'", '"', "\n", "a\\\n", "a=b", "\\${x}"],
 )
 def test_awkward_prompts_arrive_as_they_were_typed(text: str) -> None:
     test_a_prompt_arrives_as_it_was_typed.hypothesis.inner_test(text)

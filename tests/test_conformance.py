@@ -275,7 +275,7 @@ def test_no_parameter_of_it_would_be_decayed(norm_name: str) -> None:
 
 def test_in_evaluation_it_is_the_affine_map_that_it_says(norm_name: str) -> None:
     norm, x = trained(make(norm_name)(8)), randn(3, T, 8)
-    map_ = norm.affine() if getattr(norm, "affine", None) else None
+    map_ = norm.as_affine() if getattr(norm, "as_affine", None) else None
     if map_ is None:
         return
     torch.testing.assert_close(norm(x), x * map_[0] + map_[1], rtol=1e-5, atol=1e-5)

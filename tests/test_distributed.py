@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt import device
+from gpt.device import resolve_device
 from gpt.distributed import processes
 from gpt.errors import ConfigError
 from gpt.run_dir import locked
@@ -31,6 +33,17 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="2 processes, but 1 CUDA devices"), processes("cuda"):
         pass
+
+
+def test_several_processes_leave_mps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backend of torch's exchanges its tensors."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="device=mps: one process alone"), processes("mps"):
+        pass
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto").type == "mps"
+    monkeypatch.setattr(device, "world_size", lambda: 2)
+    assert resolve_device("auto").type == "cpu"
 
 
 @pytest.mark.parametrize(

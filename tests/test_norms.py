@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import gpt.norms  # noqa: F401
 from gpt.errors import ConfigError, MissingInput
+from gpt.norms import registry
 from gpt.norms.batch import BatchNorm, batch_statistics
 from gpt.norms.dummy import DummyLayerNorm
 from gpt.norms.layer import LayerNorm, layer_norm
@@ -222,3 +224,36 @@ def test_half_precision_is_rounded_once(name: str, training: bool, dtype: torch.
     y = pure(norm, x)
     exact = pure(norm.double(), x.double())
     assert (y != exact.to(dtype)).float().mean() < 0.02
+
+
+HALF = """
+from torch import nn
+from gpt.norms.registry import register
+
+@register("half")
+class Half(nn.Module):
+    axes = ()
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+
+    def forward(self, x):
+        return x / 2
+"""
+
+
+def test_an_installed_package_brings_its_norms_or_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_norm.py").write_text(HALF)
+    package = tmp_path / "half_norm-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: half-norm\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[gpt_norms]\nhalf = half_norm\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "NORMS", dict(NORMS))
+    registry.load_entry_points()
+    assert (build_norm("half", 2)(ROWS_ABC) == ROWS_ABC / 2).all()
+    (package / "entry_points.txt").write_text("[gpt_norms]\nhalf = no_such_module\n")
+    with pytest.raises(ConfigError, match="entry point half = no_such_module: ModuleNotFoundError"):
+        registry.load_entry_points()

@@ -218,10 +218,11 @@ def test_a_step_that_is_not_finite_changes_no_weight(
     def infinite(x: torch.Tensor, y: torch.Tensor) -> tuple[None, torch.Tensor]:
         return None, model(x, y)[1] * float("inf")
 
-    update(cfg, state, infinite, batches, run.device, counting=False)  # type: ignore[arg-type]
+    update(cfg, state, infinite, batches, run.device, collecting=False)  # type: ignore[arg-type]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    update(cfg, state, model, batches, run.device, counting=False)
-    assert not torch.equal(model.wte.weight, before["wte.weight"])
+    # On CUDA more steps follow before it is seen: the cause is looked for in these weights.
+    update(cfg, state, model, batches, run.device, collecting=False)
+    assert torch.equal(model.wte.weight, before["wte.weight"]) == fused
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from gpt.errors import MissingInput
 from gpt.kernels import nvrtc
 
-SOURCE = (Path(__file__).parent / "layer_norm.cu").read_text()
+SOURCE = (Path(__file__).parent / "layer_norm.cu").read_text(encoding="utf-8")
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 HELD = 32  # floats of a row that a thread holds; past that it spills or stalls the multiprocessor
 HELD_BY_A_WARP = 56  # a warp that has a row for itself needs no barrier, which pays for more

@@ -20,7 +20,7 @@ class AnnealedLayerNorm(nn.Module):
     eps       ε > 0
     start     fraction of the training at which λ leaves 0
     end       and at which it reaches 1, 0 < start < end ≤ 1
-    momentum  in [0, 1], the weight of the newest batch in σ̄
+    momentum  in [0, 1], the weight of the newest batch in σ̄; the first few are averaged
 
     Use it with init.from, on a model trained with `layer`, to take its norms away. The straight
     line may be too steep near its end, where no token's own scale is left.

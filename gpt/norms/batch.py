@@ -51,7 +51,7 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
     seen_mean: Tensor
-    seen_square: Tensor
+    seen_m2: Tensor
     seen_count: Tensor
 
     def __init__(self, n_embd: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
@@ -67,10 +67,11 @@ class BatchNorm(nn.Module):
         self.deferred = False  # leave commit() to the trainer, once a step
 
     def statistics(self, *shape: int) -> None:
-        """Buffers: the running statistics, and those of the micro-batches of the current step."""
+        """Buffers: the running statistics, and those of the current step's micro-batches: the mean,
+        Σ (x − mean)² and how many values a feature have been seen."""
         self.register_buffer("running_mean", torch.zeros(shape))
         self.register_buffer("running_var", torch.ones(shape))
-        for name in ("seen_mean", "seen_square"):
+        for name in ("seen_mean", "seen_m2"):
             self.register_buffer(name, torch.zeros(shape), persistent=False)
         self.register_buffer("seen_count", torch.zeros(()), persistent=False)
 
@@ -100,7 +101,7 @@ class BatchNorm(nn.Module):
         total = self.seen_count + count
         delta = mean - self.seen_mean
         self.seen_mean += delta * (count / total)
-        self.seen_square += variance * count + delta.square() * (self.seen_count * count / total)
+        self.seen_m2 += variance * count + delta.square() * (self.seen_count * count / total)
         self.seen_count.copy_(total)
         if not self.deferred:
             self.commit()
@@ -109,10 +110,10 @@ class BatchNorm(nn.Module):
     def commit(self) -> None:
         """Move the running statistics towards those seen since the last time."""
         weight = self.momentum * (self.seen_count > 0)
-        unbiased = self.seen_square / (self.seen_count - self.correction).clamp_min(1)
+        unbiased = self.seen_m2 / (self.seen_count - self.correction).clamp_min(1)
         self.running_mean += weight * (self.seen_mean - self.running_mean)
         self.running_var += weight * (unbiased - self.running_var)
-        for seen in (self.seen_mean, self.seen_square, self.seen_count):
+        for seen in (self.seen_mean, self.seen_m2, self.seen_count):
             seen.zero_()
 
     def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,7 @@ class BatchNorm(nn.Module):
         return ((running_mean - mean).abs() / std).mean(), (running_std / std - 1).abs().mean()
 
     @torch.no_grad()
-    def affine(self) -> tuple[Tensor, Tensor]:
+    def as_affine(self) -> tuple[Tensor, Tensor]:
         """(scale, shift), (C,) each: in evaluation y = x·scale + shift."""
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         return scale, self.bias - self.running_mean * scale
@@ -140,7 +141,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     That is what training did and what generation cannot do: one sample's statistics are not the
     batch's, and they change with every token that is added.
     """
-    norms = with_batch_stats(model)
+    norms = norms_with_batch_stats(model)
     for norm in norms:
         norm.batch_stats = True
     try:
@@ -150,6 +151,6 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             norm.batch_stats = False
 
 
-def with_batch_stats(model: nn.Module) -> list[Any]:
+def norms_with_batch_stats(model: nn.Module) -> list[Any]:
     """The norms of `model` that can use a batch's own statistics in evaluation."""
     return [m for m in model.modules() if hasattr(m, "batch_stats")]

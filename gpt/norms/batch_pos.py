@@ -61,4 +61,4 @@ class PositionBatchNorm(BatchNorm):
         T = x.shape[1]
         return self.distance(*moments(x, (0,)), self.running_mean[:T], self.running_var[:T])
 
-    affine = None  # type: ignore[assignment]  # one map a position: no Linear could take it in
+    as_affine = None  # type: ignore[assignment]  # one map a position: no Linear could take it in

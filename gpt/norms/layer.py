@@ -14,8 +14,8 @@ def layer_norm(
 ) -> Tensor:
     """γ (x − μ)/√(σ² + ε) + β over the last axis, in fp32 or wider.
 
-    σ² is the biased variance (÷ C, not ÷ C−1): `torch.var` is unbiased by default and would be
-    off by √(C/(C−1)). Two passes: E[x²] − μ² in one would cancel where |μ| ≫ σ.
+    σ² is the biased variance (÷ C, not ÷ C−1): `torch.var` is unbiased by default, C/(C−1) times as
+    much. Two passes: E[x²] − μ² in one would cancel where |μ| ≫ σ.
     """
     x32, C = wide(x), x.shape[-1]
     centred = x32 - x32.mean(-1, keepdim=True)

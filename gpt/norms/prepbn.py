@@ -24,7 +24,7 @@ class ProgressiveRepBatchNorm(RepBatchNorm):
 
     axes = ("B", "T", "C")
     evaluation_axes = ("C",)  # RMSNorm's, until λ is 0
-    fade: Tensor  # λ
+    share: Tensor  # λ, that of RMSNorm
 
     def __init__(
         self, n_embd: int, *, eps: float = 1e-5, momentum: float = 0.1, fraction: float = 0.5
@@ -34,17 +34,17 @@ class ProgressiveRepBatchNorm(RepBatchNorm):
             raise ValueError(f"norm.fraction={fraction}: expected a number in (0, 1]")
         self.fraction = fraction
         self.rms_weight = nn.Parameter(torch.ones(n_embd))  # RMSNorm's γ
-        self.register_buffer("fade", torch.ones(()))
+        self.register_buffer("share", torch.ones(()))
 
     def begin_step(self, step: int, steps: int) -> None:
-        self.fade.fill_(max(0.0, 1 - progress(step, steps) / self.fraction))
+        self.share.fill_(max(0.0, 1 - progress(step, steps) / self.fraction))
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = wide(x)  # rounded once, at the end
         rms, repbn = rms_norm(x32, self.rms_weight, self.eps), super().forward(x32)
-        return (self.fade * rms + (1 - self.fade) * repbn).to(x.dtype)
+        return (self.share * rms + (1 - self.share) * repbn).to(x.dtype)
 
     @torch.no_grad()
-    def affine(self) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]
+    def as_affine(self) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]
         """None as long as there is a share of RMSNorm."""
-        return None if self.fade > 0 else super().affine()
+        return None if self.share > 0 else super().as_affine()

@@ -21,7 +21,7 @@ What a norm may have beside `forward`, each looked for where it is used:
     keep_rows                while true, `rows` holds each row's mean and biased variance
     discrepancy(x)           how far x's own statistics are from the running ones
     saturation(x)            the share of x where it is nearly flat
-    affine()                 in evaluation: (scale, shift), (C,) each, where it is x·scale + shift
+    as_affine()              in evaluation: (scale, shift), (C,) each, where it is x·scale + shift
     adds                     it takes (x, branch, stays) and gives (norm of the sum, sum)
 
 Statistics over the batch go through `gpt.distributed.mean_over_processes`, so that several
@@ -107,7 +107,13 @@ def load_module(path: str) -> None:
 def load_entry_points() -> None:
     """Import the norms that installed packages offer under the entry point group `gpt_norms`."""
     for point in entry_points(group="gpt_norms"):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:
+            raise ConfigError(
+                f"entry point {point.name} = {point.value}: {type(error).__name__}: {error}; mend "
+                "or uninstall its package"
+            ) from error
 
 
 def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any) -> nn.Module:

@@ -31,6 +31,6 @@ class RepBatchNorm(BatchNorm):
         return (super().forward(x32) + self.eta * x32).to(x.dtype)
 
     @torch.no_grad()
-    def affine(self) -> tuple[Tensor, Tensor]:
-        scale, shift = super().affine()
+    def as_affine(self) -> tuple[Tensor, Tensor]:
+        scale, shift = super().as_affine()
         return scale + self.eta, shift
