@@ -155,7 +155,7 @@ void columns(unsigned grid_x, unsigned grid_y, unsigned threads, const Y_T* dy, 
 }
 #endif
 void finalise(unsigned grid_x, unsigned grid_y, unsigned threads, const float* partial, W_T* dweight,
-              W_T* dbias, int n_partial) {
+              W_T* dbias, i64 n_partial) {
     launch({grid_x, grid_y, 1}, threads,
            [=] { layer_norm_finalise(partial, dweight, dbias, n_partial); });
 }

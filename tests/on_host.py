@@ -47,6 +47,4 @@ class Host:
 def as_c(argument: Any) -> Any:
     if argument is None or isinstance(argument, Tensor):
         return ctypes.c_void_p(0 if argument is None else argument.data_ptr())
-    if isinstance(argument, ctypes.c_int):
-        return argument
     return (ctypes.c_float if isinstance(argument, float) else ctypes.c_longlong)(argument)

@@ -411,13 +411,13 @@ extern "C" __global__ void __launch_bounds__(256) layer_norm_columns(
 // dweight and dbias from n_partial rows of partial sums, always in the same order: 32 columns a
 // block, 32 threads a column.
 extern "C" __global__ void __launch_bounds__(1024) layer_norm_finalise(
-    const float* partial, W_T* dweight, W_T* dbias, int n_partial) {
+    const float* partial, W_T* dweight, W_T* dbias, i64 n_partial) {
     __shared__ float shared[32][33];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float sum = 0.0f;
     if (const int column = blockIdx.x * 32 + lane; column < 2 * C) {
 #pragma unroll 8
-        for (int p = warp; p < n_partial; p += 32) sum += partial[(i64)p * 2 * C + column];
+        for (i64 p = warp; p < n_partial; p += 32) sum += partial[p * 2 * C + column];
     }
     shared[warp][lane] = sum;
     __syncthreads();

@@ -8,7 +8,7 @@ the weights may be float32, bfloat16 or float16, independently.
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_longlong, c_void_p
+from ctypes import c_float, c_longlong, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,7 +195,7 @@ def backward_cuda(
         "layer_norm_finalise",
         (-(-2 * C // 32), 1),
         1024,
-        (partial, dweight, dbias, c_int(blocks)),
+        (partial, dweight, dbias, blocks),
     )
     return dx, dbranch, dweight, dbias
 
@@ -251,23 +251,14 @@ def launch(
 ) -> None:
     """Queue a kernel on torch's current stream. Tensors go as pointers, None as a null pointer."""
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    values: list[Any] = []
-    types: list[Any] = []
-    for argument in arguments:
-        if argument is None or isinstance(argument, Tensor):
-            values.append(0 if argument is None else argument.data_ptr())
-            types.append(c_void_p)
-        elif isinstance(argument, c_int):
-            values.append(argument.value)
-            types.append(c_int)
-        else:
-            values.append(argument)
-            types.append(c_float if isinstance(argument, float) else c_longlong)
+    values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    values = tuple(0 if value is None else value for value in values)
+    types = tuple({float: c_float, int: c_longlong}.get(type(a), c_void_p) for a in arguments)
     with torch.cuda.device(device):
         nvrtc.make_current(device.index)
         function = kernel(plan, device.index, name)
         stream = torch.cuda.current_stream(device).cuda_stream
-        nvrtc.launch(function, grid, threads, stream, tuple(values), tuple(types))
+        nvrtc.launch(function, grid, threads, stream, values, types)
 
 
 def refuse(x: Tensor, *_: Any) -> None:
