@@ -25,7 +25,7 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
 
     The model's sizes, its placement and its tokens must be that run's, and without
     `init.swap_norm` its norm as well, else ConfigError. Of norms that are swapped, parameters of
-    the same name and shape (γ, β) are kept; the others and all running statistics start afresh.
+    the same name and shape (γ, β) are kept; the others and running statistics start afresh.
     """
     source = Path(cfg.init["from"])
     trained = load_model(source)
@@ -43,15 +43,18 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
             f"init.from={source}: its tokens are others; use the same data and tokenizer"
         )
     old, new = trained.state_dict(), model.state_dict()
-    buffers = dict(model.named_buffers()) if cfg.init["swap_norm"] else {}
-    kept = {
-        k: v for k, v in old.items() if k in new and new[k].shape == v.shape and k not in buffers
-    }
+    modules = dict(trained.named_modules())
+    swapped = {s: m for s, m in model.named_modules() if type(m) is not type(modules.get(s))}
+    fresh = {f"{s}.{name}" for s, m in swapped.items() for name, _ in m.named_buffers()}
+    kept = {k: v for k, v in old.items() if k in new and new[k].shape == v.shape and k not in fresh}
+    for site in swapped:  # prepbn is an RMSNorm at first
+        if f"{site}.rms_weight" in new and f"{site}.weight" in kept:
+            kept[f"{site}.rms_weight"] = kept[f"{site}.weight"]
     model.load_state_dict(kept, strict=False)
-    fresh = sorted({k.rpartition(".")[2] for k in new.keys() - kept.keys()})
+    added = sorted({k.rpartition(".")[2] for k in new.keys() - kept.keys()})
     left = sorted({k.rpartition(".")[2] for k in old.keys() - kept.keys()})
-    line = f"starting from {source}: {len(kept)} tensors of it"
-    line += f", new {', '.join(fresh)}" * bool(fresh)
+    line = f"starting from {source}: {len(old.keys() & kept.keys())} tensors of it"
+    line += f", new {', '.join(added)}" * bool(added)
     line += f", without its {', '.join(left)}" * bool(left)
     again = {name_of(n) for n in norms_of(model) if hasattr(n, "begin_step")}
     return line + f"; what {', '.join(sorted(again))} changes by step begins again" * bool(again)

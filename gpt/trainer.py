@@ -202,7 +202,9 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
     if cfg.compile:
         torch.compiler.reset()  # what other cells of a sweep have compiled
         warnings.filterwarnings("ignore", "TensorFloat32")  # float32 means float32 here
-        compiled = torch.compile(model)  # type: ignore[assignment]
+        # Dropout as without it, so that steps with statistics, which are not compiled, fit in.
+        options: Any = {"fallback_random": True}
+        compiled = torch.compile(model, options=options)  # type: ignore[assignment]
     leaky = {"leaky": True} if run.sight.leaky else {}
     unread: list[Row] = []
 

@@ -37,7 +37,7 @@ def main(raw: DictConfig) -> None:
     if cfg.fold:
         counts = fold(model)
         if not counts["folded"] + counts["affine"]:
-            raise ConfigError("fold=true: no norm of this run is a fixed map in evaluation")
+            raise ConfigError("fold=true: no norm of this run can be folded")
         print(
             f"norms: {counts['folded']} folded into Linears, {counts['affine']} left as a scale "
             f"and a shift, {counts['kept']} kept",

@@ -293,6 +293,20 @@ def test_going_on_with_the_same_norm_starts_where_the_run_ended(
     assert read_rows(tmp_path / "run")[0]["val_loss"] == read_rows(source)[-1]["val_loss"]
 
 
+def test_what_is_not_swapped_stays_as_it_was(corpus: Path, tmp_path: Path) -> None:
+    """The head's running statistics; and of a norm that begins as another its γ."""
+    source, options = tmp_path / "source", ["norm=rms", "placement.head=batch"]
+    cfg = make_config("data=text", f"data.path={corpus}", *options, f"run_dir={source}",
+                      "train.steps=40", "train.eval_every=40", "optim.lr=1e-2")  # fmt: skip
+    train(cfg)
+    for norm in ("rms", "prepbn"):
+        swap = [f"init.swap_norm={norm}", "placement.head=batch", "train.steps=1"]
+        result = transplanted(source, corpus, tmp_path / norm, *swap)
+        assert result.returncode == 0, result.stderr
+        began = read_rows(tmp_path / norm)[0]["val_loss"]
+        assert began == pytest.approx(read_rows(source)[-1]["val_loss"], abs=1e-6)
+
+
 def test_a_damaged_checkpoint_of_the_source_is_passed_over(
     source: Path, corpus: Path, tmp_path: Path
 ) -> None:

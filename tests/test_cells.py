@@ -63,6 +63,13 @@ def test_the_baseline_differs_in_nothing_but_the_norm(tmp_path: Path) -> None:
     assert "Tokenizers or texts differ" in findings.plain_words(cells, Baseline())[0]
 
 
+def test_another_split_of_a_text_has_tokens_of_its_own(tmp_path: Path) -> None:
+    for train_bytes in (900, 901):
+        summary(tmp_path / str(train_bytes), "layer", 1, 3.0, train_bytes=train_bytes)
+    cells = make_cells(load_summaries(tmp_path))
+    assert {cell.unit for cell in cells} == {"val_bpb"}
+
+
 def test_each_norm_is_compared_at_its_own_best_learning_rate(tmp_path: Path) -> None:
     """layer is best at 0.1, rms at 0.3: at equal rates one of them would lose for the other's."""
     losses = {("layer", 0.1): 3.0, ("layer", 0.3): 3.5, ("rms", 0.1): 3.6, ("rms", 0.3): 2.9}

@@ -51,7 +51,8 @@ class PowerNorm(BatchNorm):
     warmup_steps  at least 0
 
     Use it where BatchNorm's statistics fluctuate too much; the mean is not taken away.
-    Shen, Yao, Gholami, Mahoney, Keutzer 2020, arXiv:2003.07845.
+    Shen, Yao, Gholami, Mahoney, Keutzer 2020, arXiv:2003.07845. Their code also divides each
+    token by its own root mean square first, and warms up for 10,000 steps.
     """
 
     invariances = ("scale",)

@@ -23,7 +23,7 @@ class RegularisedBatchNorm(BatchNorm):
 
     Use it where BatchNorm validates far worse than it trains: the penalty works against the
     discrepancy between training and inference. Not for the leak, which stays.
-    Wu, Xiong, Zheng, Chen 2022, arXiv:2210.05153.
+    Wang, Wu, Huang 2022, arXiv:2210.05153.
     """
 
     defers = True
