@@ -275,7 +275,7 @@ def spike_score(values: list[float], over: int = 128, sigmas: float = 6.0) -> fl
 
 
 def first_nonfinite(record: Record) -> str | None:
-    """The first place in the order of the forward pass that holds NaN or infinity."""
+    """The first place that holds NaN or infinity: γ or β of a norm, or in the forward pass's order."""
     for (_, name, key), value in record.items():
         if value.dim() and value.numel() != len(MOMENTS):
             continue

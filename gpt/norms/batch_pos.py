@@ -47,7 +47,7 @@ class PositionBatchNorm(BatchNorm):
         mean, variance = moments(x, (0,))
         if self.training:
             # What is later than this batch's T takes no part: its mean and unbiased variance, which
-            # `commit` makes of the biased one, are as before.
+            # `commit` makes of the biased one, are as before (of several micro-batches nearly).
             mean_later, variance_later = self.running_mean[T:], self.running_var[T:]
             self.observe(
                 torch.cat([mean.detach(), mean_later]),
