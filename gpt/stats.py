@@ -275,7 +275,7 @@ def spike_score(values: list[float], over: int = 128, sigmas: float = 6.0) -> fl
 
 
 def first_nonfinite(record: Record) -> str | None:
-    """The first place that holds NaN or infinity: γ or β of a norm, or in the forward pass's order."""
+    """The first place that holds NaN or infinity: γ or β, else in the order of the forward pass."""
     for (_, name, key), value in record.items():
         if value.dim() and value.numel() != len(MOMENTS):
             continue
