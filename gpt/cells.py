@@ -156,18 +156,18 @@ def interval(values: Iterable[float]) -> tuple[float, float | None]:
 
 
 @cache
-def curve(run_dir: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """A run's steps and its validation losses there, in bits a byte, while they were finite."""
+def curve(run_dir: str, unit: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """A run's steps and its validation losses there, in one of UNITS, while they were finite."""
     rows = read_jsonl(Path(run_dir) / "metrics.jsonl")
-    points = [(r["step"], r["val_bpb"]) for r in rows if r.get("val_bpb") is not None]
+    points = [(r["step"], r[unit]) for r in rows if r.get(unit) is not None]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return steps, values
 
 
 def curve_limits(cells: list[Cell]) -> tuple[float, float]:
     """An axis for their curves. Of a diverged run the first loss counts: its last have no bound."""
-    runs = [run for cell in cells for run in cell.runs]
-    parts = [curve(r["run_dir"])[1][: 1 if "diverged_at" in r else None] for r in runs]
+    runs = [(run, cell.unit) for cell in cells for run in cell.runs]
+    parts = [curve(r["run_dir"], u)[1][: 1 if "diverged_at" in r else None] for r, u in runs]
     values = [value for part in parts for value in part]
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 0.04 * (high - low) + 0.01

@@ -72,13 +72,13 @@ def draw_curves(cells: list[Cell]) -> Figure:
     figure, panels, styles = panels_by_context(cells)
     for cell in cells:
         for run in cell.runs:
-            steps, values = curve(run["run_dir"])
+            steps, values = curve(run["run_dir"], cell.unit)
             axis, style = panels[cell.context], styles[cell.norm]
             axis.plot(steps, values, label=wrapped(cell.norm), linewidth=1.6, **style)
             if "diverged_at" in run:
                 axis.plot(steps[-1:], values[-1:], "x", color=style["color"])
     figure.axes[0].set_ylim(curve_limits(cells))
-    finish(figure, panels, "step", "validation bits per byte")
+    finish(figure, panels, "step", f"validation loss, {UNITS[cells[0].unit]}")
     return figure
 
 

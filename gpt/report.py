@@ -59,7 +59,7 @@ def figure_curves(cells: list[Cell]) -> go.Figure:
     figure = go.Figure()
     for i, cell in enumerate(cells[:MANY]):
         for j, run in enumerate(cell.runs):
-            steps, values = curve(run["run_dir"])
+            steps, values = curve(run["run_dir"], cell.unit)
             color = f"hsl({360 * i / min(MANY, len(cells)):.0f} 65% 45%)"
             figure.add_scatter(
                 x=steps,
@@ -73,7 +73,7 @@ def figure_curves(cells: list[Cell]) -> go.Figure:
             )
     figure.update_yaxes(range=curve_limits(cells[:MANY]))
     title = "Validation loss by step"
-    figure.update_layout(title=title, xaxis_title="step", yaxis_title="bits a byte")
+    figure.update_layout(title=title, xaxis_title="step", yaxis_title=UNITS[cells[0].unit])
     return figure
 
 

@@ -119,6 +119,22 @@ def test_a_curve_that_diverges_ends_in_a_cross_on_the_page_and_in_the_picture(
     assert page["rms-pre-bs4"].y == tuple(drawn["rms"].get_ydata())
 
 
+@pytest.mark.parametrize(
+    ("sha256", "unit", "last"), [("0", "nats a token", 3.0), ("1", "bits a byte", 1.5)]
+)
+def test_curves_are_in_the_unit_of_the_tables(
+    sha256: str, unit: str, last: float, tmp_path: Path
+) -> None:
+    summary(tmp_path, "layer", 1, 3.0)
+    summary(tmp_path, "rms", 1, 4.0, corpus_sha256=sha256 * 64)
+    cells = make_cells(load_summaries(tmp_path))
+    page = report.figure_curves(cells)
+    assert page.layout.yaxis.title.text == unit
+    lines = {line.name.split("-")[0]: line.y[-1] for line in page.data}
+    assert lines["layer"] == pytest.approx(last, abs=0.1)
+    assert unit in pictures.draw_curves(cells).get_supylabel()
+
+
 def test_runs_that_are_not_finished_are_counted(folder: Path) -> None:
     run = folder / "rms-pre-bs4-s9"
     run.mkdir()
