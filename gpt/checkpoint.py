@@ -95,7 +95,7 @@ def restore(run_dir: Path, state: TrainState) -> bool:
             )
     state.step = progress["step"]
     state.setting |= progress["setting"]  # what init.from was, where it is gone
-    state.model.load_state_dict(load_file(folder / "model.safetensors"))
+    load_weights(state.model, folder)
     load_optimizer(state.model, state.optimizer, load_file(folder / "optimizer.safetensors"))
     return True
 
@@ -119,14 +119,18 @@ def load_model(
         raise DataError(f"{run_dir}/checkpoints: no such checkpoint is intact")
     tokenizer = load_tokenizer(run_dir / "tokenizer.json")
     model = build_model(load_config(run_dir / "config.yaml"), tokenizer.n_vocab)
+    load_weights(model, folder)
+    return model.to(device).eval()
+
+
+def load_weights(model: GPT, folder: Path) -> None:
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except RuntimeError as error:  # other names or shapes
         raise DataError(
-            f"{folder}: its weights are of another model than {run_dir}/config.yaml and "
-            "tokenizer.json are of; bring those back together"
+            f"{folder}: its weights are of another model than its run's config.yaml and "
+            "tokenizer.json are of, or of another version of a norm; bring those back together"
         ) from error
-    return model.to(device).eval()
 
 
 def newest(run_dir: Path, step: int | None = None) -> Path | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
 import traceback
@@ -21,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from gpt.config import no_interpolation
 from gpt.errors import IO_ERROR, ConfigError, Diverged, UserError, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -163,6 +163,4 @@ def literal(arg: str, *keys: str) -> str:
         return arg
     if key != "prompt" and (value in ("", "null") or (value[0] == value[-1] and value[0] in "'\"")):
         return arg
-    # OmegaConf would take ${ for an interpolation.
-    value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
-    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    return f"{key}={QuotedString(no_interpolation(value), Quote.single).with_quotes()}"

@@ -297,7 +297,17 @@ def refuse_additions(raw: Any, cfg: Any, prefix: str = "") -> None:
 
 
 def save_config(cfg: Config, path: Path) -> None:
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
+    def literally(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: literally(entry) for key, entry in value.items()}
+        return no_interpolation(value) if isinstance(value, str) else value
+
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(literally(asdict(cfg)))))
+
+
+def no_interpolation(text: str) -> str:
+    """`text` so that OmegaConf takes each ${ in it for these two characters."""
+    return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
 
 
 def load_config(path: Path) -> Config:

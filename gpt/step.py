@@ -43,7 +43,8 @@ def update(
     """The step after `state.step`, on the mean loss of its micro-batches.
 
     The loss and the gradient's norm before clipping; and, if `collecting`, the statistics of the
-    first micro-batch. Where either is NaN or infinite the weights stay as they are, from then on.
+    first micro-batch. Where either is NaN or infinite the weights stay as they are, where AdamW
+    is fused from then on.
 
     forward  the model, or what compiles it or shares its gradients
     """
@@ -72,7 +73,7 @@ def update(
             group["lr"] = lr
         if optimizer.defaults["fused"]:
             # Decided on the device, so that nothing waits. Once it is true it stays so: the steps
-            # until the losses are read must not move what the cause is looked for in.
+            # until the losses are read must not move the weights that the cause is looked for in.
             skip = (~both_finite).float()
             skip = torch.maximum(skip, getattr(optimizer, "found_inf", skip))
             optimizer.found_inf = skip  # type: ignore[attr-defined]

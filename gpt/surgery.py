@@ -48,8 +48,9 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     fresh = {f"{s}.{name}" for s, m in swapped.items() for name, _ in m.named_buffers()}
     kept = {k: v for k, v in old.items() if k in new and new[k].shape == v.shape and k not in fresh}
     for site in swapped:  # prepbn is an RMSNorm at first
-        if f"{site}.rms_weight" in new and f"{site}.weight" in kept:
-            kept[f"{site}.rms_weight"] = kept[f"{site}.weight"]
+        gamma, rms_gamma = kept.get(f"{site}.weight"), f"{site}.rms_weight"
+        if gamma is not None and rms_gamma in new and new[rms_gamma].shape == gamma.shape:
+            kept.setdefault(rms_gamma, gamma)
     model.load_state_dict(kept, strict=False)
     added = sorted({k.rpartition(".")[2] for k in new.keys() - kept.keys()})
     left = sorted({k.rpartition(".")[2] for k in old.keys() - kept.keys()})

@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from gpt import cli
 from gpt.config import register_schemas, typed
 from gpt.data import TrainBatches, prepare
+from gpt.norms.registry import load_module
 from gpt.screen import Screen
 from gpt.stats import table
 from gpt.step import update
@@ -34,6 +35,8 @@ def main() -> None:
     register_schemas()
     with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
         cfg = typed(compose("train", overrides))
+    if cfg.norm.get("module"):
+        load_module(cfg.norm["module"])
     t = cfg.train
     with TemporaryDirectory() as folder:
         data = prepare(cfg)

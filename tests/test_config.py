@@ -212,6 +212,7 @@ def test_a_sweep_s_name_without_m_is_refused(tmp_path: Path) -> None:
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
     cfg = make_config("data=pydoc", "norm=batch", "placement.head=rms", "optim.lr=0.1")
+    cfg.run_dir = "a ${x} \\${y} 'é"
     save_config(cfg, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == cfg
 

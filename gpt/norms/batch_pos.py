@@ -47,11 +47,11 @@ class PositionBatchNorm(BatchNorm):
         mean, variance = moments(x, (0,))
         if self.training:
             # What is later than this batch's T takes no part: its mean and unbiased variance, which
-            # `commit` makes of the biased one, are as before (of several micro-batches nearly).
-            mean_later, variance_later = self.running_mean[T:], self.running_var[T:]
+            # `commit` makes of the biased ones, are as before.
+            later = self.running_var[T:] * (1 - (self.seen_count == 0) / count)
             self.observe(
-                torch.cat([mean.detach(), mean_later]),
-                torch.cat([variance.detach(), variance_later * (1 - 1 / count)]),
+                torch.cat([mean.detach(), self.running_mean[T:]]),
+                torch.cat([variance.detach(), later]),
                 count,
             )
         return self.normalise(x, mean, variance)

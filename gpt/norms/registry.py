@@ -109,7 +109,7 @@ def load_entry_points() -> None:
     for point in entry_points(group="gpt_norms"):
         try:
             point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"entry point {point.name} = {point.value}: {type(error).__name__}: {error}; mend "
                 "or uninstall its package"
