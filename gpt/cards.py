@@ -81,8 +81,8 @@ def table() -> Table:
         result.add_row(*cells, f"{ratio:.2f}")
     B, T, C = SHAPE
     result.caption = (
-        f"bytes: the least that forward moves an element of fp32 · ms: forward and backward of "
-        f"({B}, {T}, {C}) in fp32 on this machine, {torch.get_num_threads()} thread(s), "
+        f"bytes: what forward must at least read and write per fp32 element · ms: forward and "
+        f"backward of ({B}, {T}, {C}) in fp32 here, on {torch.get_num_threads()} thread(s), "
         "medians taken in turns; layer and batch are torch's fused kernels, others plain PyTorch"
     )
     return result
@@ -174,13 +174,14 @@ def gradients(norm: Any, y: Tensor) -> Iterator[str]:
         return
     dy = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0], [2.0, 0.0, 1.0]]).view(y.shape).to(y)
     y.backward(dy)
-    both = "γ and β have" if bias is not None else "γ has"
+    name, x_hat = ("γ", "x̂") if weight.numel() > 1 else ("g", "y/g")
+    both = f"{name} and β have" if bias is not None else f"{name} has"
     shared = "one number a feature" if weight.numel() > 1 else "one number in all"
     yield f"{both} {shared}, shared by all tokens; with dL/dy ="
     yield from rows(dy.view(3, 3))
     # Where γ and β serve only a part of the norm, as at the start of prepbn, this is not the sum.
     whole = bias is None or torch.allclose(bias.grad, dy.sum((0, 1)))
-    yield f"  dL/dγ{' = Σ dy·x̂' * whole}  {numbers(weight.grad)}"
+    yield f"  dL/d{name}{f' = Σ dy·{x_hat}' * whole}  {numbers(weight.grad)}"
     if bias is not None:
         yield f"  dL/dβ{' = Σ dy  ' * whole}  {numbers(bias.grad)}"
 
@@ -190,6 +191,6 @@ def alone(norm: Any, x: Tensor) -> Iterator[str]:
     norm.eval()
     yield "token C alone, in evaluation"
     token = x.reshape(3, 1, 3)[2:]
-    yield f"  with running statistics, here of the batch above  {numbers(norm(token))}"
+    yield f"  with running statistics, unbiased, of the batch above  {numbers(norm(token))}"
     norm.batch_stats = True
-    yield f"  with its own, a batch of one                      {numbers(norm(token))}"
+    yield f"  with its own, a batch of one                           {numbers(norm(token))}"

@@ -72,7 +72,7 @@ class Cell:
         return label(without(self.traits, "optim.lr", "norm"))
 
     @property
-    def leaky(self) -> bool:
+    def void(self) -> bool:
         """Whether evaluation sees what it must not: its losses are no results."""
         return any(run["sees_in_evaluation"] for run in self.runs)
 
@@ -180,13 +180,13 @@ def baseline(cell: Cell, cells: list[Cell], versus: Baseline) -> Cell | None:
 
     None where there is none, or several.
     """
-    if versus.is_it(cell) or cell.leaky:
+    if versus.is_it(cell) or cell.void:
         return None
 
     def rest(c: Cell) -> str:
         return label(without(c.traits, "optim.lr", versus.key))
 
-    found = [c for c in cells if versus.is_it(c) and not c.leaky and rest(c) == rest(cell)]
+    found = [c for c in cells if versus.is_it(c) and not c.void and rest(c) == rest(cell)]
     found = [c for c in tuned(found) if not unlike(c, cell)] or tuned(found)
     return found[0] if len(found) == 1 else None
 

@@ -110,11 +110,13 @@ def explain_hydra(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         options = sorted(error.options)
-        return f"{group}={name}: expected one of {', '.join(options)}{nearest(name, options)}"
+        missing = f"{group}={name}: there is no configs/{group}/{name}.yaml"
+        return f"{missing}; expected one of {', '.join(options)}{nearest(name, options)}"
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
             return f"{error.override}: expected KEY=VALUE, such as norm=layer"
-        return f"{error.override}: not an override ({str(error).splitlines()[0]}); quote the value"
+        twice = f"\"{error.override.partition('=')[0]}='VALUE'\""
+        return f"{error.override}: Hydra cannot read the value; quote it twice: {twice}"
     if "Ambiguous value" in str(error):  # of several values in a single run
         override = str(error).splitlines()[0].partition("'")[2].rstrip("'")
         return f"{override}: one value expected; add -m to run one after another"

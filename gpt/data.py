@@ -102,8 +102,8 @@ def prepare(cfg: Config) -> Data:
         if len(tokens.ids) < need:
             raise DataError(
                 f"{corpus.name}: {tokens.path.stem} has {tokens.header.n_bytes} bytes, "
-                f"{len(tokens.ids)} tokens; model.block_size={cfg.model.block_size} needs {need}; "
-                "train and val, a tenth of all, need as much each"
+                f"{len(tokens.ids)} tokens; model.block_size={cfg.model.block_size} needs {need} "
+                "in train and in val (a tenth of the text); use more text or a smaller block_size"
             )
     return Data(tokenizer, train, val)
 

@@ -20,8 +20,8 @@ def evaluate(
     """Validation loss in nats a token and in bits a byte of text, on always the same windows.
 
     A BatchNorm model is judged with its running statistics; the loss with the batch's own, which
-    generation does not have, stands beside it, over batches of one size: a last one of a window
-    or two has other statistics.
+    generation does not have, stands beside it, over full batches alone: a shorter last one has
+    other statistics.
     """
 
     def losses(equal: bool = False) -> tuple[float, float]:

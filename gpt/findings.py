@@ -69,7 +69,7 @@ def table(cells: list[Cell], versus: Baseline) -> list[dict[str, str]]:
         row["sees in evaluation"] = " and ".join(first["sees_in_evaluation"]) or "its past"
         order = interval(bpb)[0] if bpb else 0.0
         lost = len(cell.runs) - len(losses)
-        rows.append((cell.leaky, lost / len(cell.runs), order, row))
+        rows.append((cell.void, lost / len(cell.runs), order, row))
     return [row for *_, row in sorted(rows, key=lambda r: r[:3])]
 
 
@@ -140,7 +140,7 @@ def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
     """What the numbers show and what they do not, in sentences."""
     best = tuned(cells)
     lines = []
-    whole = [c for c in best if not c.diverged and not c.leaky]
+    whole = [c for c in best if not c.diverged and not c.void]
     if cells[0].unit == "val_bpb":
         lines.append("Tokenizers or texts differ: losses are compared in bits a byte.")
     texts = sorted({text_of(c) for c in cells})
@@ -163,12 +163,12 @@ def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
         other = baseline(cell, cells, versus)
         if other is not None:
             lines.append(compared(cell, other))
-        elif not versus.is_it(cell) and not cell.leaky:
+        elif not versus.is_it(cell) and not cell.void:
             alone.append(cell.label)
     if alone:
         lines.append(f"Without a {versus.key}={versus.value} to compare with: {', '.join(alone)}.")
     for end, word in ((0, "lowest"), (-1, "highest")):
-        tried = [c for c in best if len(c.rates) > 1 and c.losses and not c.leaky]
+        tried = [c for c in best if len(c.rates) > 1 and c.losses and not c.void]
         edge = [c.label for c in tried if c.lr == c.rates[end]]
         if edge:
             lines.append(
@@ -183,7 +183,7 @@ def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
         lines.append("Devices differ, and with them rounding, perhaps the precision.")
     if len(best) > MANY:
         lines.append(f"Curves and maps show the first {MANY} of {len(best)}.")
-    leaky = [c.label for c in cells if c.leaky]
+    leaky = [c.label for c in cells if c.void]
     if leaky:
         lines.append(f"No result, for evaluation sees what it must not: {', '.join(leaky)}.")
     lines.append(

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from gpt.config import ModelConfig
 from gpt.seeds import stream_seed
 
-# The norm at a site such as `h.3.attn.in` or `head`, over so many features; nn.Identity where the
-# slot is empty.
+# (site, width) → the norm that stands at a site such as `h.3.attn.in` or `head`; nn.Identity for an
+# empty slot.
 MakeNorm = Callable[[str, int], nn.Module]
 
 
@@ -61,8 +61,8 @@ def add_norm(
 class Sublayer(nn.ModuleDict, ABC):
     """y = after(α·x + out(f(s·in(x)))), f being attention or the MLP: the placement equation.
 
-    Input and output are two summands of the residual stream, (x, branch): where `after` is empty
-    the last sum is left to the norm that reads the stream next, see `add_norm`.
+    Where `after` is empty the stream is passed on as two summands, (x, branch), so that the norm
+    that reads it next can add and normalise in one pass, see `add_norm`.
     """
 
     # Where a norm can stand, some of them inside f: its width in units of C.

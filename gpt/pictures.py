@@ -25,7 +25,7 @@ MAPS = 24  # cells with a map at most
 
 def draw(cells: list[Cell], folder: Path) -> list[Path]:
     """`losses.png`, `curves.png`, `depth.png`, and `lr.png` where there are several rates."""
-    cells = [cell for cell in cells if not cell.leaky]
+    cells = [cell for cell in cells if not cell.void]
     if not cells:
         return []
     best = tuned(cells)

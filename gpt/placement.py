@@ -60,6 +60,6 @@ def refuse_single_values(model: GPT, cfg: Config) -> None:
             keys = {"B": "train.batch_size=1", "T": "model.block_size=1"}
             raise ConfigError(
                 f"norm={name_of(norm)}: {' and '.join(keys[axis] for axis in over)} give"
-                f"{'s' * (len(over) == 1)} one value a feature, of which no statistic tells; raise "
+                f"{'s' * (len(over) == 1)} one value a feature, which has no spread; raise "
                 f"{'either' if len(over) > 1 else 'it'}"
             )

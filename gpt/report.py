@@ -30,7 +30,7 @@ from gpt.results import read_config
 
 def figure_losses(cells: list[Cell]) -> go.Figure | None:
     """Final validation loss, a panel for each context, a point a norm, with its interval."""
-    shown = [c for c in cells if c.losses and not c.leaky]
+    shown = [c for c in cells if c.losses and not c.void]
     if not shown:
         return None
     figure = go.Figure()
@@ -66,7 +66,7 @@ def figure_curves(cells: list[Cell]) -> go.Figure:
                 y=values,
                 mode="lines+markers" if "diverged_at" in run else "lines",
                 marker={"symbol": "x", "size": [0] * (len(steps) - 1) + [9]},
-                name=cell.label + " (leaky)" * cell.leaky,
+                name=cell.label + " (leaky)" * cell.void,
                 legendgroup=cell.label,
                 showlegend=j == 0,
                 line={"color": color},
@@ -82,7 +82,7 @@ def figure_lr(cells: list[Cell]) -> go.Figure | None:
 
     A cross at the top where a run diverged: the mean beside it is that of the others.
     """
-    shown = sorted((c for c in cells if not c.leaky and math.isfinite(c.lr)), key=lambda c: c.lr)
+    shown = sorted((c for c in cells if not c.void and math.isfinite(c.lr)), key=lambda c: c.lr)
     means = [interval(c.losses.values())[0] for c in shown if c.losses]
     settings = list(dict.fromkeys(c.setting for c in shown))
     if len(settings) == len(shown) or not means:
@@ -229,7 +229,7 @@ def inside(cells: list[Cell], rows: list[dict[str, str]]) -> str:
     data = json.dumps(maps, separators=(",", ":"), sort_keys=True)
     data = data.replace("<", "\\u003c")  # a name cannot end the script
     return (
-        f"<h2>Activations and attention at the end</h2>{to_html(rows)}"
+        f"<h2>Activations and attention at the last step recorded</h2>{to_html(rows)}"
         f"<h2>By depth and step</h2><script>const maps = {data};</script>{MAPS}"
     )
 

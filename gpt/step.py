@@ -42,9 +42,9 @@ def update(
 ) -> tuple[Row, stats.Record]:
     """The step after `state.step`, on the mean loss of its micro-batches.
 
-    The loss and the gradient's norm before clipping; and, if `collecting`, the statistics of the
-    first micro-batch. Where either is NaN or infinite the weights stay as they are, where AdamW
-    is fused from then on.
+    Returns the loss and the gradient's norm before clipping; and, if `collecting`, the first
+    micro-batch's statistics. If loss or norm is not finite the weights stay as they are; with fused
+    AdamW, from then on.
 
     forward  the model, or what compiles it or shares its gradients
     """
@@ -131,4 +131,4 @@ def where_not_finite(
         for site in from_all_processes(stats.first_nonfinite(record)):
             if site:
                 return f"first in {site}"
-    return "only in the backward pass"
+    return "not finite only in the backward pass"

@@ -36,7 +36,8 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
             f"{group}.{key}={a.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)
         ]
         if differing:
-            hint = f" or init.swap_norm={cfg.norm['name']}" if group == "norm" else ""
+            name = cfg.norm["name"]
+            hint = f", or instead of it init.swap_norm={name}" if group == "norm" else ""
             raise ConfigError(f"init.from={source}: it has {differing[0]}; say so here too{hint}")
     if fingerprint(load_tokenizer(source / "tokenizer.json")) != tokens:
         raise ConfigError(

@@ -246,7 +246,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
                 site = where_not_finite(cfg, state, batches, device)
                 raise Diverged(
                     f"diverged at step {state.step}: loss {rows[-1]['loss']}, gradient norm "
-                    f"{rows[-1]['grad_norm']}, {site}; what {run.dir} has of checkpoints is from "
+                    f"{rows[-1]['grad_norm']}, {site}; checkpoints in {run.dir} are from "
                     "before. Try a smaller optim.lr or another norm"
                 )
             if collecting:

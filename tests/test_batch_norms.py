@@ -364,7 +364,10 @@ def test_norms_are_taken_away_by_a_schedule(source: Path, corpus: Path, tmp_path
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["norm=rms"], "it has norm.name=layer; say so here too or init.swap_norm=rms"),
+        (
+            ["norm=rms"],
+            "it has norm.name=layer; say so here too, or instead of it init.swap_norm=rms",
+        ),
         (["model.n_layer=3"], "it has model.n_layer=2; say so here too"),
         (["placement=post"], "it has placement.name=pre; say so here too"),
         (["placement.attn.q=true"], "it has placement.attn.q=False; say so here too"),

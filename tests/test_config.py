@@ -86,7 +86,7 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("norm.name=null", "norm.name=None: expected a norm's name"),
         ("norm.name=5", "norm.name=5: expected a norm's name"),
         ("~norm.name", "norm.name=None: expected a norm's name"),
-        ("norm=[", "norm=[: not an override"),
+        ("norm=[", "norm=[: Hydra cannot read the value; quote it twice: \"norm='VALUE'\""),
         ("norm", "norm: expected KEY=VALUE, such as norm=layer"),
         ("norm=layer,rms", "norm=layer,rms: one value expected; add -m to run one after another"),
     ],

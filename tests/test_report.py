@@ -152,7 +152,7 @@ def test_the_pictures_are_of_the_best_learning_rates_and_of_no_leak(folder: Path
     paths = pictures.draw(cells, folder)
     assert [p.name for p in paths] == ["losses.png", "curves.png", "depth.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
-    figure = pictures.draw_losses(tuned([c for c in cells if not c.leaky]))
+    figure = pictures.draw_losses(tuned([c for c in cells if not c.void]))
     assert figure is not None
     bars = {c.get_label(): c for c in figure.axes[0].containers}
     assert set(bars) == {"dummy", "layer", "rms"}  # instance leaks, scale diverged

@@ -27,7 +27,8 @@ class BatchNorm(nn.Module):
 
     In training μ and σ² (biased) run over B and T: a token sees later tokens and other samples.
     In evaluation they are the running statistics, r ← (1 − momentum) r + momentum·batch, whose
-    variance is unbiased (÷ BT−1): a fixed affine map, causal, and the only choice for one sample.
+    variance is unbiased (÷ BT−1), as in torch: a fixed affine map, causal, and the only choice for
+    one sample.
     A step of several micro-batches or processes is one batch to the running statistics; several
     processes also share μ and σ².
 
@@ -62,11 +63,11 @@ class BatchNorm(nn.Module):
         self.eps, self.momentum = eps, momentum
         self.weight = nn.Parameter(torch.ones(n_embd))  # γ
         self.bias = nn.Parameter(torch.zeros(n_embd))  # β
-        self.statistics(n_embd)
+        self.make_buffers(n_embd)
         self.batch_stats = False  # evaluate with the batch's own statistics, see batch_statistics
         self.deferred = False  # leave commit() to the trainer, once a step
 
-    def statistics(self, *shape: int) -> None:
+    def make_buffers(self, *shape: int) -> None:
         """Buffers: the running statistics, and those of the current step's micro-batches: the mean,
         Σ (x − mean)² and how many values a feature have been seen."""
         self.register_buffer("running_mean", torch.zeros(shape))

@@ -13,8 +13,8 @@ from gpt.norms.registry import register
 class PastBatchNorm(BatchNorm):
     """y = γ (x − r_μ)/√(r_σ² + ε) + β, r the running statistics of earlier steps, also in training.
 
-    (B, T, C) → (B, T, C). Within a step r is a constant and takes no gradient: no token sees a
-    later one or another sample, and training and inference are the same map.
+    (B, T, C) → (B, T, C). At first r is 0 and 1. Within a step it is a constant and takes no
+    gradient: no token sees a later one or another sample, and training and inference are one map.
 
     n_embd    C
     eps       ε > 0

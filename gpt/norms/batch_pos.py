@@ -35,7 +35,7 @@ class PositionBatchNorm(BatchNorm):
     ) -> None:
         super().__init__(n_embd, eps=eps, momentum=momentum)
         check_at_least(1, block_size=block_size)
-        self.statistics(block_size, n_embd)
+        self.make_buffers(block_size, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[1]

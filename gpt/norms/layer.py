@@ -29,7 +29,8 @@ def layer_norm(
 class LayerNorm(nn.Module):
     """y = γ (x − μ)/√(σ² + ε) + β over C, biased σ².  (B, T, C) → (B, T, C)
 
-    γ and β are shared by all tokens: dL/dγ = Σ_bt dy·x̂, dL/dβ = Σ_bt dy.
+    γ and β are shared by all tokens: dL/dγ = Σ_bt dy·x̂, dL/dβ = Σ_bt dy, with
+    x̂ = (x − μ)/√(σ² + ε).
 
     n_embd    C
     eps       ε ≥ 0
@@ -38,7 +39,7 @@ class LayerNorm(nn.Module):
     unbiased  divide by C − 1, as `torch.var` does by default: the classic mistake, to see it
     fast      `F.layer_norm`; false: the formula in gpt/norms/layer.py
 
-    Use it where a model must treat a token the same in any company, from any batch: the default.
+    Use it where a token's output must not depend on the tokens and samples beside it: the default.
     Ba, Kiros, Hinton 2016, arXiv:1607.06450.
     """
 

@@ -15,8 +15,8 @@ What a norm may have beside `forward`, each looked for where it is used:
     penalty                  a scalar tensor of the last forward, added to what is minimised
     commit()                 puts what a step's forwards have seen into the running statistics;
                              while `deferred` is true it is called after each step, by the trainer
-    defers                   its training reads running statistics, and so is always deferred:
-                             compiled, its backward would read them as forward has left them
+    defers                   its training reads running statistics, which must not change before
+                             the backward pass: it is always deferred
     batch_stats              in evaluation: use the batch's own statistics
     keep_rows                while true, `rows` holds each row's mean and biased variance
     discrepancy(x)           how far x's own statistics are from the running ones
