@@ -191,6 +191,6 @@ def alone(norm: Any, x: Tensor) -> Iterator[str]:
     norm.eval()
     yield "token C alone, in evaluation"
     token = x.reshape(3, 1, 3)[2:]
-    yield f"  with running statistics, unbiased, of the batch above  {numbers(norm(token))}"
+    yield f"  with running statistics, here of the batch above  {numbers(norm(token))}"
     norm.batch_stats = True
-    yield f"  with its own, a batch of one                           {numbers(norm(token))}"
+    yield f"  with its own, a batch of one                      {numbers(norm(token))}"

@@ -51,9 +51,7 @@ class Sight:
 
 
 @torch.no_grad()
-def probe(
-    model: nn.Module, vocab_size: int, block_size: int, steps: int, dtype: str = "float32"
-) -> Sight:
+def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int, dtype: str) -> Sight:
     """Change the first, third or last of four samples from its first token on, its second, its
     middle or its last (a norm may look at a part of the batch alone), and see which other outputs
     change.

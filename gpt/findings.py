@@ -183,9 +183,9 @@ def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
         lines.append("Devices differ, and with them rounding, perhaps the precision.")
     if len(best) > MANY:
         lines.append(f"Curves and maps show the first {MANY} of {len(best)}.")
-    leaky = [c.label for c in cells if c.void]
-    if leaky:
-        lines.append(f"No result, for evaluation sees what it must not: {', '.join(leaky)}.")
+    void = [c.label for c in cells if c.void]
+    if void:
+        lines.append(f"No result, for evaluation sees what it must not: {', '.join(void)}.")
     lines.append(
         f"All this is on {' and '.join(texts)}, for models of these sizes, trained for so many "
         "steps at these learning rates; each interval is for one comparison, and among twenty one "

@@ -48,10 +48,10 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     swapped = {s: m for s, m in model.named_modules() if type(m) is not type(modules.get(s))}
     fresh = {f"{s}.{name}" for s, m in swapped.items() for name, _ in m.named_buffers()}
     kept = {k: v for k, v in old.items() if k in new and new[k].shape == v.shape and k not in fresh}
-    for site in swapped:  # prepbn is an RMSNorm at first
-        gamma, rms_gamma = kept.get(f"{site}.weight"), f"{site}.rms_weight"
-        if gamma is not None and rms_gamma in new and new[rms_gamma].shape == gamma.shape:
-            kept.setdefault(rms_gamma, gamma)
+    for site, norm in swapped.items():
+        for own, other in getattr(norm, "takes_over", {}).items():
+            if f"{site}.{other}" in kept:
+                kept.setdefault(f"{site}.{own}", kept[f"{site}.{other}"])
     model.load_state_dict(kept, strict=False)
     added = sorted({k.rpartition(".")[2] for k in new.keys() - kept.keys()})
     left = sorted({k.rpartition(".")[2] for k in old.keys() - kept.keys()})

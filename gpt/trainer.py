@@ -50,7 +50,7 @@ from gpt.step import Row, is_finite, read, update, where_not_finite
 from gpt.surgery import source_sha256, transplant
 from gpt.tokenizer import save_tokenizer, token_bytes
 
-READ_EVERY = 10  # steps on CUDA, where reading losses waits for the device; else each step does
+READ_EVERY = 10  # steps on CUDA, where reading a loss waits for the device; else each is read
 TRAIN_LOSS_OVER = 50  # last steps: the summary's training loss is the mean over them
 ANOTHER = {  # in words, where one of a run's `sources` is another
     "corpus_sha256": "on another text",

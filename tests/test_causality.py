@@ -142,7 +142,7 @@ def test_a_norm_that_binds_its_buffer_anew_is_left_as_it_was(
     norms = [module for module in model.modules() if isinstance(module, LayerNorm)]
     for norm in norms:
         norm.register_buffer("calls", torch.zeros(()))
-    probe(model, 61, 32, 100)
+    probe(model, 61, 32, 100, "float32")
     assert all(norm.calls == 0 for norm in norms)
 
 
@@ -167,7 +167,7 @@ def test_dropout_is_no_leak_and_probing_leaves_no_trace() -> None:
     model = build_model(make_config("data=pydoc", "norm=prepbn", "model.dropout=0.5"), 61)
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
-    probe(model, 61, 32, 100)
+    probe(model, 61, 32, 100, "float32")
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
     assert model.training
     assert sight("model.dropout=0.5").training == ()

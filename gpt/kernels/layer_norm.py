@@ -21,6 +21,7 @@ from gpt.kernels import nvrtc
 
 SOURCE = (Path(__file__).parent / "layer_norm.cu").read_text(encoding="utf-8")
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NUMBERS = {float: c_float, int: c_longlong}  # what a kernel takes beside pointers
 HELD = 32  # floats of a row that a thread holds; past that it spills or stalls the multiprocessor
 HELD_BY_A_WARP = 56  # a warp that has a row for itself needs no barrier, which pays for more
 # Threads of a backward block at most: with two blocks a multiprocessor has 64 registers a thread,
@@ -251,9 +252,10 @@ def launch(
 ) -> None:
     """Queue a kernel on torch's current stream. Tensors go as pointers, None as a null pointer."""
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    values = tuple(0 if value is None else value for value in values)
-    types = tuple({float: c_float, int: c_longlong}.get(type(a), c_void_p) for a in arguments)
+    types = tuple(NUMBERS.get(type(a), c_void_p) for a in arguments)
+    values = tuple(
+        a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments
+    )
     with torch.cuda.device(device):
         nvrtc.make_current(device.index)
         function = kernel(plan, device.index, name)

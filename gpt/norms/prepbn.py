@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ class ProgressiveRepBatchNorm(RepBatchNorm):
 
     axes = ("B", "T", "C")
     evaluation_axes = ("C",)  # RMSNorm's, until λ is 0
+    takes_over: ClassVar[dict[str, str]] = {"rms_weight": "weight"}  # it is an RMSNorm at first
     share: Tensor  # λ, that of RMSNorm
 
     def __init__(

@@ -23,6 +23,8 @@ What a norm may have beside `forward`, each looked for where it is used:
     saturation(x)            the share of x where it is nearly flat
     as_affine()              in evaluation: (scale, shift), (C,) each, where it is x·scale + shift
     adds                     it takes (x, branch, stays) and gives (norm of the sum, sum)
+    takes_over               {"rms_weight": "weight"}: swapped in for another norm, its rms_weight
+                             begins as what was that one's weight
 
 Statistics over the batch go through `gpt.distributed.mean_over_processes`, so that several
 processes share them. What a norm remembers is in buffers that are there from the start.
