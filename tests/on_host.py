@@ -25,8 +25,9 @@ class Host:
     def library(self, plan: Plan) -> ctypes.CDLL:
         path = self.builds / (hashlib.sha256(repr(plan).encode()).hexdigest()[:16] + ".so")
         if not path.exists():
-            # Products are added unrounded, as nvcc has it: 0 may then become a rounding error.
-            command = ["g++", "-std=c++17", "-O2", "-march=native", "-ffp-contract=fast"]
+            # As by nvcc, products are added unrounded (0 may then become a rounding error), and
+            # integers wrap.
+            command = ["g++", "-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-fwrapv"]
             command += ["-shared", "-fPIC", "-w", *plan.options()]
             command += [f"-I{self.source}", str(HARNESS), "-o", str(path)]
             subprocess.run(command, check=True)
