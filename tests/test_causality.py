@@ -84,6 +84,11 @@ def the_batch_where_gradients_are_on(norm: LayerNorm, x: Tensor) -> Tensor:
     return x - x.mean(0) if torch.is_grad_enabled() else x
 
 
+def the_batch_by_a_gain_that_starts_at_zero(norm: LayerNorm, x: Tensor) -> Tensor:
+    assert norm.bias is not None
+    return x + norm.bias * x.mean(0)
+
+
 @pytest.mark.parametrize(
     ("forward", "training", "evaluation"),
     [
@@ -93,6 +98,7 @@ def the_batch_where_gradients_are_on(norm: LayerNorm, x: Tensor) -> Tensor:
         (later_samples, (NEIGHBOURS,), (NEIGHBOURS,)),
         (earlier_samples, (NEIGHBOURS,), (NEIGHBOURS,)),
         (the_batch_where_gradients_are_on, (NEIGHBOURS,), ()),
+        (the_batch_by_a_gain_that_starts_at_zero, (NEIGHBOURS,), (NEIGHBOURS,)),
     ],
 )
 def test_a_leak_in_a_corner_is_found(
