@@ -12,17 +12,21 @@ from shutil import which
 from statistics import median
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gpt.causality import Sight
 from gpt.config import Config
+from gpt.data import ValBatches
 from gpt.device import peak_memory, reset_peak_memory
 from gpt.errors import ConfigError, Diverged
+from gpt.evaluate import evaluate
 from gpt.norms.registry import NORMS
+from gpt.placement import build_model
 from gpt.step import Row, read, update
 from gpt.trainer import train
-from tests.conftest import curve, read_rows
+from tests.conftest import curve, make_config, read_rows
 from tests.programs import REPO, run_program
 
 GOLDEN = REPO / "tests" / "golden"
@@ -96,6 +100,20 @@ def test_the_summary_holds_what_a_comparison_needs(
     assert summary["val_loss"] == [r["val_loss"] for r in rows if "val_loss" in r][-1]
     assert summary["tokens"] == 6 * 4 * 32
     assert summary["tokens_per_s"] == median(r["tokens_per_s"] for r in rows if "loss" in r)
+
+
+def test_the_loss_by_the_batch_s_statistics_is_that_of_full_batches() -> None:
+    """The last, shorter one has other statistics."""
+    model = build_model(make_config("norm=batch", "model.block_size=8"), 64)
+    ids = np.random.default_rng(0).integers(64, size=18 * 8 + 1)
+
+    def evaluated(windows: int) -> dict[str, float]:
+        batches = ValBatches(ids[: windows * 8 + 1], 4, 8, max_tokens=windows * 8)
+        return evaluate(model, batches, torch.ones(64).long(), torch.device("cpu"), "float32")
+
+    with_rest, without = evaluated(18), evaluated(16)
+    assert with_rest["val_loss_batch_stats"] == without["val_loss_batch_stats"]
+    assert with_rest["val_loss"] != without["val_loss"]
 
 
 def test_bits_per_byte_of_bytes_are_nats_over_ln2(config: Callable[..., Config]) -> None:
