@@ -251,6 +251,16 @@ def test_a_step_that_is_not_finite_changes_no_weight(
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_gradients_are_clipped_unless_the_limit_is_zero(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
+    curves = []
+    for limit in ("0", "1e9", "0.1"):
+        train(config(f"optim.grad_clip={limit}", f"run_dir={tmp_path}/{limit}"))
+        curves.append(curve(tmp_path / limit))
+    assert curves[0] == curves[1] != curves[2]
+
+
 def test_an_exploding_learning_rate_exits_17_in_one_line(corpus: Path, tmp_path: Path) -> None:
     result = run_program(
         "data=text", f"data.path={corpus}", "tokenizer=bytes", f"run_dir={tmp_path}/run",

@@ -47,7 +47,6 @@ class BatchNorm(nn.Module):
     evaluation_axes: ClassVar[tuple[str, ...]] = ()
     invariances: ClassVar[tuple[str, ...]] = ("shift", "scale")
     correction = 1  # the running variance is unbiased: ÷ n − 1
-    defers = False
 
     running_mean: Tensor
     running_var: Tensor
