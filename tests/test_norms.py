@@ -156,6 +156,13 @@ def test_batch_statistics_in_evaluation_are_those_of_training() -> None:
         torch.testing.assert_close(norm(x), trained)
 
 
+@pytest.mark.parametrize(("norm", "edge"), [("dyt", 3.664), ("derf", 2.772)])
+def test_saturation_is_the_share_beyond_95_percent(norm: str, edge: float) -> None:
+    """tanh(3.664 / 2) and erf(2.772 / 2) are 0.95, and α begins at 1/2."""
+    x = torch.tensor([[[0.0, edge - 0.01], [edge + 0.01, -9.0]]])
+    assert build_norm(norm, 2).saturation(x) == 0.5
+
+
 def test_dummy_is_the_identity_and_has_no_parameters() -> None:
     norm, x = DummyLayerNorm(4, eps=1e-3), torch.randn(2, 3, 4)
     assert norm(x) is x

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from gpt.config import Config
 from gpt.placement import build_model
 from gpt.stats import (
+    EDGES,
     MOMENTS,
     angle,
     attention,
@@ -46,7 +48,11 @@ def test_moments_equal_float64_formulas() -> None:
         "outliers": features.var(unbiased=False) / features.mean() ** 2,
         "absmax_to_median": x64.abs().max() / x64.abs().flatten().median(),
     }
-    assert named(x) == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4, abs=1e-5)
+    numbers = {name: value.item() for name, value in expected.items()}
+    assert named(x) == pytest.approx(numbers, rel=1e-4, abs=1e-5)
+    rows = x.mean(-1).flatten(), x.var(-1, correction=0).flatten()  # of the same, if known
+    by_rows = dict(zip(MOMENTS, moments(x, rows).tolist(), strict=True))
+    assert by_rows == pytest.approx(numbers, rel=1e-4, abs=1e-5)
 
 
 def test_a_gaussian_s_kurtosis_is_three_and_a_constant_s_zero() -> None:
@@ -87,6 +93,9 @@ def test_a_histogram_is_shares_of_what_lies_where() -> None:
     assert shares[18] == 0.75
     assert shares.sum() == 1
     assert histogram(torch.tensor([[float("nan"), 1.0]])).sum() == 1
+    x = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
+    counts, _ = np.histogram((x / x.square().mean().sqrt()).numpy(), EDGES)
+    assert histogram(x).tolist() == pytest.approx((counts / x.numel()).tolist())
 
 
 def test_attention_s_logit_and_entropy_are_those_of_its_softmax() -> None:
@@ -131,11 +140,13 @@ def test_layers_branches_and_logits_are_recorded() -> None:
         logits, loss = model(x, x)
         loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in model.h[1].parameters()]).norm().item()
+    weights = torch.cat([p.detach().flatten() for p in model.h[1].parameters()]).norm().item()
     with watch_update(model, record):
         optimizer.step()
     result = table(record)
     layer = result["layers"]["h.1"]
     assert layer["grad_norm"] == pytest.approx(gradient, rel=1e-5)
+    assert layer["param_norm"] == pytest.approx(weights, rel=1e-5)
     assert layer["update_norm"] == pytest.approx(0.5 * gradient, rel=1e-4)
     assert set(result["layers"]) == {"wte", "wpe", "h.0", "h.1", "head"}
     log_z = logits.logsumexp(-1).mean().item()
@@ -221,6 +232,12 @@ def test_the_first_site_that_is_not_finite_is_named() -> None:
     with collect(model, record):
         model(torch.randint(50, (2, 8)))
     assert first_nonfinite(record) == "h.1.mlp.in (gamma_norm)"
+    model.h[1].mlp["in"].weight.data[3] = 1
+    model.h[0].mlp["in"].forward = lambda x: x / 0
+    record.clear()
+    with collect(model, record):
+        model(torch.randint(50, (2, 8)))
+    assert first_nonfinite(record) == "h.0.mlp.in (after)"
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
