@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from gpt.causality import FUTURE, NEIGHBOURS, UNKNOWN, Sight, probe
 from gpt.config import Config
 from gpt.errors import ConfigError
 from gpt.norms.layer import LayerNorm
+from gpt.norms.registry import begin_step
 from gpt.placement import build_model
 from gpt.trainer import train
 from tests.conftest import make_config, read_rows
@@ -169,13 +171,24 @@ def test_power_norm_is_causal_without_a_warm_up_on_the_batch() -> None:
     assert sight("norm=power", "norm.warmup_steps=0").training == ()
 
 
-def test_dropout_is_no_leak_and_probing_leaves_no_trace() -> None:
-    model = build_model(make_config("data=pydoc", "norm=prepbn", "model.dropout=0.5"), 61)
+@pytest.mark.parametrize("norm", ["prepbn", "power", "anneal"])
+def test_probing_leaves_no_trace(norm: str) -> None:
+    model = build_model(make_config("data=pydoc", f"norm={norm}", "model.dropout=0.5"), 61)
+    begin_step(model, 1, 1000)
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
-    probe(model, 61, 32, 100, "float32")
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+    x, outputs = torch.randint(61, (4, 32)), []
+    for probed in (False, True):
+        if probed:
+            probe(model, 61, 32, 1000, "float32")
+        assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+        torch.manual_seed(0)
+        outputs.append(copy.deepcopy(model)(x)[0])
+    assert torch.equal(*outputs)
     assert model.training
+
+
+def test_dropout_is_no_leak() -> None:
     assert sight("model.dropout=0.5").training == ()
 
 
