@@ -154,6 +154,8 @@ def test_layers_branches_and_logits_are_recorded() -> None:
     branch, stream = result["branches"]["h.1.mlp"], result["residual"]["h.0"]
     assert branch["ratio"] == pytest.approx(branch["after"]["rms"] / stream["after"]["rms"])
     assert set(result["attention"]) == {"h.0.attn", "h.1.attn"}
+    assert 0 < result["attention"]["h.1.attn"]["entropy"] < math.log(8)
+    assert result["attention"]["h.1.attn"]["max_logit"] > 0
     assert 0 < result["residual"]["h.1"]["angle"] < 1
     site = result["sites"]["h.0.attn.in"]
     assert site["alpha_drift"] == site["gamma_drift"] == 0
