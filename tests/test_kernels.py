@@ -3,6 +3,7 @@ arithmetic is right to the last thread, and torch's side of it holds under autog
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from ctypes import c_bool
@@ -89,6 +90,19 @@ def test_a_compiled_kernel_is_kept_and_found_again(
     monkeypatch.setattr(nvrtc, "compile_source", None)  # not needed again
     assert nvrtc.cached_cubin(SOURCE, options, "sm_90") == cubin
     assert len(list((tmp_path / "gpt-norms").iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "compile_source", lambda *_: (b"machine code", ""))
+    monkeypatch.setattr(nvrtc, "sync", lambda _: os.close(-1))  # an OSError, as of a full disk
+    assert nvrtc.cached_cubin(SOURCE, (), "sm_90") == b"machine code"
+    assert list((tmp_path / "gpt-norms").iterdir()) == []
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert nvrtc.cached_cubin(SOURCE, (), "sm_90") == b"machine code"
 
 
 def test_missing_bindings_are_one_line_that_says_what_to_install(

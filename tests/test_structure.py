@@ -32,7 +32,8 @@ LAYERS = [
     BASES,
     ["norms.registry", "kernels.layer_norm", "tokenizer", "corpus", "cli", "device"],
     ["config"],
-    ["files", "kernels.nvrtc", "distributed"],
+    ["kernels.nvrtc", "distributed"],
+    ["files"],
     ["errors", "seeds", "formula"],
     ["__init__", "kernels.__init__"],
 ]

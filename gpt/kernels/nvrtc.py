@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.errors import MissingInput
+from gpt.files import sync
 
 
 @cache
@@ -77,9 +78,11 @@ def cached_cubin(source: str, options: tuple[str, ...], arch: str) -> bytes:
     cubin, _ = compile_source(source, options, arch)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)  # whole or not there, whoever else writes it
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder, path.name)
+            part.write_bytes(cubin)
+            sync(part)
+            os.replace(part, path)  # whole or not there, whoever else writes it
     return cubin
 
 
