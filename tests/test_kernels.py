@@ -183,9 +183,12 @@ def test_the_arithmetic_equals_float64(
         assert (value.double() - exactly).abs().max() <= torch.finfo(value.dtype).eps * 8 * scale
 
 
+@pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize("C", [8192, 40_000])
-def test_rows_past_a_warp_and_past_the_registers_are_right(kernels_on_host: None, C: int) -> None:
-    test_the_arithmetic_equals_float64(kernels_on_host, (5, C), branch=True, dtypes=DTYPES[3])
+def test_rows_past_a_warp_and_past_the_registers_are_right(
+    kernels_on_host: None, C: int, branch: bool
+) -> None:
+    test_the_arithmetic_equals_float64(kernels_on_host, (5, C), branch, dtypes=DTYPES[3])
 
 
 @pytest.mark.parametrize("offset", [1e3, 1e5])
