@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,9 @@ def test_the_discrepancy_is_that_of_regularised_batch_norm_s_paper() -> None:
     tid_mean, tid_std = norm.discrepancy(x)
     assert tid_mean.item() == pytest.approx((0 / 1 + 1 / 2) / 2)
     assert tid_std.item() == pytest.approx((abs(2 / 1 - 1) + abs(1 / 2 - 1)) / 2)
+    power = PowerNorm(2, eps=1e-12).double()
+    power.running_var.copy_(torch.tensor([8.0, 5.0]))  # the mean squares are 2 and 5
+    assert [t.item() for t in power.discrepancy(x)] == pytest.approx([0, (2 - 1 + 1 - 1) / 2])
 
 
 def test_statistics_hold_the_discrepancy_of_every_site(
@@ -199,7 +203,7 @@ def test_annealing_and_power_norm_see_micro_batches_as_one_batch() -> None:
     x, dy = torch.randn(2, 8, 5, 7, dtype=torch.float64)
     for make in (lambda: AnnealedLayerNorm(7), lambda: PowerNorm(7, warmup_steps=0)):
         whole, parts = make().double(), make().double()
-        for norm, pieces in ((whole, 1), (parts, 4)):
+        for (norm, pieces), _ in product(((whole, 1), (parts, 4)), range(2)):
             defer(norm, pieces)
             for micro, gradient in zip(x.chunk(pieces), dy.chunk(pieces), strict=True):
                 norm(micro.clone().requires_grad_()).backward(gradient)
@@ -222,6 +226,14 @@ def test_rbn_s_penalty_is_minimised_and_not_logged(
     losses = [[r["loss"] for r in read_rows(tmp_path / str(w)) if "loss" in r] for w in (0, 10)]
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] != losses[1][1]
+
+
+def test_power_norm_s_warm_up_ends_after_its_steps() -> None:
+    norm, x = PowerNorm(4, warmup_steps=2, eps=1e-12), torch.randn(2, 3, 4)
+    norm.deferred = True
+    for step, psi in ((2, x.square().mean((0, 1))), (3, torch.ones(4))):
+        norm.begin_step(step, 10)
+        torch.testing.assert_close(norm(x), x / psi.sqrt())
 
 
 def test_power_norm_after_its_warm_up_is_the_paper_s_algorithm() -> None:

@@ -149,11 +149,21 @@ def test_batch_norm_of_one_value_refuses_training_and_forgets_its_input_with_bat
     assert not norm.batch_stats
 
 
-def test_batch_statistics_in_evaluation_are_those_of_training() -> None:
-    norm, x = randomised(BatchNorm(5)), torch.randn(3, 4, 5)
-    trained = norm(x)
-    with batch_statistics(norm.eval()):
-        torch.testing.assert_close(norm(x), trained)
+@pytest.mark.parametrize("name", ["batch", "batch_ema", "batch_pos", "rbn", "power"])
+def test_batch_statistics_in_evaluation_are_those_of_the_batch(name: str) -> None:
+    norm, x = make(name)(5), randn(3, 4, 5) * 2 + 1
+    norm.running_mean += 1  # not those
+    norm.running_var += 1
+    by_running = norm.eval()(x)
+    with batch_statistics(norm):
+        y = norm(x)
+    own = (y - norm.bias) / norm.weight
+    over = 0 if name == "batch_pos" else (0, 1)
+    square, mean = own.square().mean(over), own.mean(over)
+    torch.testing.assert_close(square, torch.ones_like(square), rtol=0, atol=0.01)  # ε takes some
+    if name != "power":
+        torch.testing.assert_close(mean, torch.zeros_like(mean))
+    assert not torch.allclose(by_running, y, atol=0.1)
 
 
 @pytest.mark.parametrize(("norm", "edge"), [("dyt", 3.664), ("derf", 2.772)])
@@ -195,12 +205,22 @@ def test_cuda_layer_never_falls_back_silently() -> None:
         ("anneal", {"start": 0.9, "end": 0.8}, "expected 0 < start < end <= 1"),
         ("rms", {"partial": 0.0}, r"expected a number in \(0, 1\]"),
         ("batch", {"momentum": 2.0}, r"expected a number in \[0, 1\]"),
+        ("anneal", {"momentum": 2.0}, r"expected a number in \[0, 1\]"),
+        ("batch_pos", {"block_size": 0}, "expected a number >= 1"),
+        ("group", {"groups": 0}, "expected a number >= 1"),
+        ("power", {"warmup_steps": -1}, "expected a number >= 0"),
     ],
 )
 def test_a_wrong_norm_is_refused_in_one_line(name: str, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         build_norm(name, 8, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted({*BUILDABLE} - {"dummy", "dyt", "derf"}))  # without ε
+def test_no_norm_takes_a_negative_eps(name: str) -> None:
+    with pytest.raises(ConfigError, match="eps=-1e-05: expected a number >="):
+        build_norm(name, 8, eps=-1e-5, **{"block_size": 8} if name == "batch_pos" else {})
 
 
 @pytest.mark.parametrize(("name", "option"), [("dyt", "alpha"), ("derf", "shift")])

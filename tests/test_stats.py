@@ -180,6 +180,8 @@ def test_every_site_and_depth_is_recorded(norm: str) -> None:
     assert set(result["sites"]) == {*slots, "head"}
     assert list(result["residual"]) == ["embd", "h.0", "h.1"]
     head = result["sites"]["head"]
+    assert result["residual"]["h.1"]["after"] == pytest.approx(head["before"], rel=1e-5)
+    assert sum(result["residual"]["h.1"]["histogram"]) == pytest.approx(1)
     assert set(head["before"]) == set(head["after"]) == set(MOMENTS)
     assert head["grad_norm"] > 0
     assert result["residual"]["h.0"]["grad_norm"] > 0
