@@ -179,6 +179,11 @@ def test_annealing_ends_in_a_division_by_a_constant() -> None:
     torch.testing.assert_close(norm(x), nn.LayerNorm(5)(x))
     std = (x.var(-1, unbiased=False) + 1e-5).sqrt().mean()
     torch.testing.assert_close(norm.running_std, std)
+    norm(3 * x)  # the second of two
+    torch.testing.assert_close(norm.running_std, 2 * std)
+    norm(2 * x)  # the third of three
+    torch.testing.assert_close(norm.running_std, 2 * std)
+    std = norm.running_std.clone()
     norm.begin_step(9, 11)  # 80% are done
     centred = x - x.mean(-1, keepdim=True)
     torch.testing.assert_close(norm(2 * x), 2 * centred / std)  # σ̄ stays: it is linear now
@@ -217,9 +222,10 @@ def test_rbn_s_penalty_is_minimised_and_not_logged(
     config: Callable[..., Config], tmp_path: Path
 ) -> None:
     norm, x = RegularisedBatchNorm(2, mean_weight=2.0, var_weight=3.0), torch.zeros(1, 2, 2)
-    x[0, :, 0] = torch.tensor([1.0, 3.0])  # means 2, 0; biased variances 1, 0; running 0 and 1
+    x[0, :, 0] = torch.tensor([1.0, 3.0])  # means 2, 0; biased variances 1, 0
+    norm.running_mean[0] = 0.5  # the others 0; running variances 1
     norm(x)
-    assert float(penalties(norm)) == pytest.approx(2 * (4 + 0) + 3 * (0 + 1))
+    assert float(penalties(norm)) == pytest.approx(2 * (1.5**2 + 0) + 3 * (0 + 1))
     for weight in (0, 10):
         train(config("norm=rbn", f"norm.mean_weight={weight}", f"norm.var_weight={weight}",
                      f"run_dir={tmp_path}/{weight}"))  # fmt: skip

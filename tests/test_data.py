@@ -149,14 +149,15 @@ def test_ids_above_65535_take_four_bytes(
     assert data.train.ids.min() >= 70_000
 
 
-@pytest.mark.parametrize("damage", ["truncated", "not a token file"])
+@pytest.mark.parametrize("damage", ["bytes, expected", "header", "not a token file"])
 def test_a_damaged_token_file_is_refused(tmp_path: Path, corpus: Path, damage: str) -> None:
     text = tmp_path / "corpus.txt"
     text.write_bytes(corpus.read_bytes())
     path = prepare(text_config(text)).train.path
     content = path.read_bytes()
-    path.write_bytes(content[:-1] if damage == "truncated" else b"x" * len(content))
-    with pytest.raises(DataError, match="delete its folder"):
+    damaged = {"bytes, expected": content[:-1], "header": content.replace(b"{", b"(", 1)}
+    path.write_bytes(damaged.get(damage, b"x" * len(content)))
+    with pytest.raises(DataError, match=f"{damage}.*delete its folder"):
         open_tokens(path)
 
 

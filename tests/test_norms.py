@@ -173,6 +173,15 @@ def test_saturation_is_the_share_beyond_95_percent(norm: str, edge: float) -> No
     assert build_norm(norm, 2).saturation(x) == 0.5
 
 
+def test_layer_norm_does_without_gamma_and_beta_and_refuses_a_spread_of_one_value() -> None:
+    norm = LayerNorm(3, affine=False)
+    assert not list(norm.parameters())
+    torch.testing.assert_close(norm(ROWS_ABC), F.layer_norm(ROWS_ABC, (3,)))
+    assert LayerNorm(2, unbiased=True).unbiased
+    with pytest.raises(ValueError, match="one feature has no unbiased variance"):
+        LayerNorm(1, unbiased=True)
+
+
 def test_dummy_is_the_identity_and_has_no_parameters() -> None:
     norm, x = DummyLayerNorm(4, eps=1e-3), torch.randn(2, 3, 4)
     assert norm(x) is x
@@ -206,6 +215,7 @@ def test_cuda_layer_never_falls_back_silently() -> None:
         ("rms", {"partial": 0.0}, r"expected a number in \(0, 1\]"),
         ("batch", {"momentum": 2.0}, r"expected a number in \[0, 1\]"),
         ("anneal", {"momentum": 2.0}, r"expected a number in \[0, 1\]"),
+        ("prepbn", {"fraction": 0.0}, r"expected a number in \(0, 1\]"),
         ("batch_pos", {"block_size": 0}, "expected a number >= 1"),
         ("group", {"groups": 0}, "expected a number >= 1"),
         ("power", {"warmup_steps": -1}, "expected a number >= 0"),

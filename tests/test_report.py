@@ -77,6 +77,9 @@ def test_the_table_ranks_results_and_lists_the_others_last(folder: Path) -> None
     rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
     names = [row["cell"].split("-")[0] for row in rows]
     assert names == ["rms", "layer", "dummy", "scale", "instance"]
+    assert rows[0]["minus best norm=layer"] == "-0.1033 ± 0.0143"
+    assert rows[0]["pairs"] == "3"
+    assert rows[1]["minus best norm=layer"] == ""  # itself
     assert rows[3]["val loss"] == "(diverged at step 7)"
     assert rows[4]["sees in evaluation"] == "later tokens"
     assert (folder / "table.md").read_text().count("\n") == 7
