@@ -68,6 +68,37 @@ def test_text_is_yielded_piece_by_piece_and_characters_whole(run_dir: Path) -> N
     assert pieces == ["a", "", "é", "", "", "€", ""]
 
 
+def test_every_token_follows_from_the_last_block_size_before_it(run_dir: Path) -> None:
+    model, contexts = load_model(run_dir), []
+
+    def next_in_order(idx: torch.Tensor) -> tuple[torch.Tensor, None]:
+        contexts.append(idx[0].tolist())
+        logits = torch.zeros(1, idx.shape[1], 256)
+        logits[0, -1, idx[0, -1] + 1] = 1
+        return logits, None
+
+    model.forward = next_in_order  # type: ignore[method-assign, assignment]
+    pieces = generate(model, make_tokenizer("bytes", []), "(", max_new_tokens=50, temperature=0)
+    assert "".join(pieces) == bytes(range(41, 91)).decode()
+    assert contexts[-1] == list(range(90 - 32, 90))  # block_size is 32
+
+
+def test_tokens_are_drawn_by_their_probabilities_at_a_temperature(run_dir: Path) -> None:
+    model = load_model(run_dir)
+
+    def fixed(idx: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits = torch.full((1, idx.shape[1], 256), -torch.inf)
+        logits[0, -1, 97:100] = torch.tensor([0.5, 0.3, 0.2]).log()
+        return logits, None
+
+    model.forward = fixed  # type: ignore[method-assign, assignment]
+    bytes_ = make_tokenizer("bytes", [])
+    pieces = generate(model, bytes_, "x", max_new_tokens=2000, temperature=0.5, top_k=2)
+    text = "".join(pieces)
+    assert text.count("a") / 2000 == pytest.approx(0.25 / (0.25 + 0.09), abs=0.04)
+    assert text.count("a") + text.count("b") == 2000
+
+
 def test_logits_of_one_sample_do_not_depend_on_its_neighbours(run_dir: Path) -> None:
     """A BatchNorm model generates with its running statistics; with the batch's own it fails."""
     model = load_model(run_dir)
