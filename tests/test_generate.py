@@ -66,6 +66,8 @@ def test_text_is_yielded_piece_by_piece_and_characters_whole(run_dir: Path) -> N
     model.forward = forced  # type: ignore[method-assign, assignment]
     pieces = list(generate(model, tokenizer, "x", max_new_tokens=6))
     assert pieces == ["a", "", "é", "", "", "€", ""]
+    steps = iter("é".encode()[:1])
+    assert list(generate(model, tokenizer, "x", max_new_tokens=1)) == ["", "\ufffd"]
 
 
 def test_every_token_follows_from_the_last_block_size_before_it(run_dir: Path) -> None:
