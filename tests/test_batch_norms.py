@@ -73,8 +73,8 @@ def test_the_discrepancy_is_that_of_regularised_batch_norm_s_paper() -> None:
     assert tid_mean.item() == pytest.approx((0 / 1 + 1 / 2) / 2)
     assert tid_std.item() == pytest.approx((abs(2 / 1 - 1) + abs(1 / 2 - 1)) / 2)
     power = PowerNorm(2, eps=1e-12).double()
-    power.running_var.copy_(torch.tensor([8.0, 5.0]))  # the mean squares are 2 and 5
-    assert [t.item() for t in power.discrepancy(x)] == pytest.approx([0, (2 - 1 + 1 - 1) / 2])
+    power.running_var.copy_(torch.tensor([18.0, 20.0]))  # the mean squares are 2 and 5
+    assert [t.item() for t in power.discrepancy(x)] == pytest.approx([0, (3 - 1 + 2 - 1) / 2])
 
 
 def test_statistics_hold_the_discrepancy_of_every_site(

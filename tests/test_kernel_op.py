@@ -15,6 +15,7 @@ from gpt.errors import MissingInput
 from gpt.files import flatten
 from gpt.kernels import layer_norm as kernels
 from gpt.kernels.layer_norm import add_norm, layer_norm
+from gpt.norms.cuda_layer import CudaLayerNorm
 from gpt.placement import build_model
 from gpt.trainer import train
 from tests.conftest import make_config, read_rows
@@ -113,7 +114,14 @@ def test_a_model_with_fused_residuals_equals_the_plain_one(
         fused += branch is not None
         return add_norm(x, branch, *rest)
 
+    reused = []
+
+    def watched(x, rows=None, moments=stats.moments):  # type: ignore[no-untyped-def]
+        reused.append(rows is not None)
+        return moments(x, rows)
+
     monkeypatch.setattr("gpt.norms.cuda_layer.add_norm", counted)
+    monkeypatch.setattr(stats, "moments", watched)
     idx = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(0))
     for norm in ("layer", "cuda_layer"):
         model = build_model(make_config("data=pydoc", f"norm={norm}", f"placement={placement}"), 61)
@@ -124,6 +132,9 @@ def test_a_model_with_fused_residuals_equals_the_plain_one(
         gradients = {name: p.grad for name, p in model.named_parameters()}
         numbers = flatten(stats.table(record), "/")
         results.append((loss, gradients, {k: v for k, v in numbers.items() if "hist" not in k}))
+    sites = [norm for norm in model.modules() if isinstance(norm, CudaLayerNorm)]
+    assert sum(reused) == len(sites)  # the kernel's means and deviations, once a site
+    assert all(norm.rows is None and not norm.keep_rows for norm in sites)
     (loss, gradients, numbers), (loss2, gradients2, numbers2) = results
     torch.testing.assert_close(loss, loss2)
     torch.testing.assert_close(gradients, gradients2, rtol=1e-4, atol=1e-6)

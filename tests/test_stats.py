@@ -93,6 +93,9 @@ def test_a_histogram_is_shares_of_what_lies_where() -> None:
     assert shares[18] == 0.75
     assert shares.sum() == 1
     assert histogram(torch.tensor([[float("nan"), 1.0]])).sum() == 1
+    x = torch.zeros(1, 1000)
+    x[0, :2] = torch.tensor([-1.0, 1.0])  # some 22 root mean squares
+    assert histogram(x)[[0, -1]].tolist() == pytest.approx([0.001, 0.001])
     x = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
     counts, _ = np.histogram((x / x.square().mean().sqrt()).numpy(), EDGES)
     assert histogram(x).tolist() == pytest.approx((counts / x.numel()).tolist())
