@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +19,8 @@ from gpt.config import Config, register_schemas, typed
 from gpt.errors import UserError
 from gpt.kernels import layer_norm
 from gpt.norms.registry import NORMS, load_module, norm_class
+from tests import ptx
 from tests.made_runs import summary
-from tests.on_host import Host
 from tests.programs import REPO
 
 BUILDABLE = [n for n in NORMS if n != "cuda_layer"]  # that one has tests/gpu and test_kernels
@@ -130,18 +129,12 @@ def config(corpus: Path, tmp_path: Path) -> Callable[..., Config]:
     return make
 
 
-@pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the host emulation with")
-    return Host(tmp_path_factory.mktemp("builds"))
-
-
 @pytest.fixture
-def kernels_on_host(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CUDA LayerNorm takes tensors of the CPU. Of its own code all runs but the driver's part;
-    what it leaves unwritten is NaN."""
-    monkeypatch.setattr(layer_norm, "launch", host.launch)
+def kernels_on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CUDA LayerNorm takes tensors of the CPU, and its kernels run there. Of its own code all
+    runs but the driver's part; what it leaves unwritten is NaN."""
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setattr(layer_norm, "launch", ptx.launch)
     monkeypatch.setattr(layer_norm, "multiprocessors", lambda _: 1)  # blocks take many rows
     library = torch.library.Library("gpt_norms", "IMPL")
     with warnings.catch_warnings():  # there is one that refuses

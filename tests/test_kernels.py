@@ -1,12 +1,11 @@
-"""The CUDA LayerNorm without a GPU: it compiles for every architecture within its registers, its
-arithmetic is right to the last thread, and torch's side of it holds under autograd and compile."""
+"""The CUDA LayerNorm without a GPU: it compiles for every architecture within its registers, and
+what is compiled, run instruction by instruction, is right to the last thread."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-from ctypes import c_bool
+from functools import partial
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -17,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt.errors import MissingInput
 from gpt.kernels import layer_norm, nvrtc
 from gpt.kernels.layer_norm import SOURCE, Kind, Plan, backward_cuda, forward_cuda
-from tests.on_host import Host
+from tests import ptx
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # x, branch, y, weights: fp32; all bf16; all fp16; under autocast a norm before a sublayer, after
@@ -74,47 +72,6 @@ def test_every_kernel_compiles_without_spills_and_within_its_registers(C: int, a
                 assert on_their_way >= 24_000, f"{plan}: {registers} registers, {on_their_way} B"
 
 
-def test_what_does_not_compile_says_where() -> None:
-    pytest.importorskip("cuda.bindings")
-    with pytest.raises(RuntimeError, match=r"kernel.cu\(1\): error"):
-        nvrtc.compile_source("nonsense", (), "sm_90")
-
-
-def test_a_compiled_kernel_is_kept_and_found_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("cuda.bindings")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = plans(8, DTYPES[0], False, True)[0].options()
-    cubin = nvrtc.cached_cubin(SOURCE, options, "sm_90")
-    monkeypatch.setattr(nvrtc, "compile_source", None)  # not needed again
-    assert nvrtc.cached_cubin(SOURCE, options, "sm_90") == cubin
-    assert len(list((tmp_path / "gpt-norms").iterdir())) == 1
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("cuda.bindings")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(nvrtc, "compile_source", lambda *_: (b"machine code", ""))
-    monkeypatch.setattr(nvrtc, "sync", lambda _: os.close(-1))  # an OSError, as of a full disk
-    assert nvrtc.cached_cubin(SOURCE, (), "sm_90") == b"machine code"
-    assert list((tmp_path / "gpt-norms").iterdir()) == []
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    assert nvrtc.cached_cubin(SOURCE, (), "sm_90") == b"machine code"
-
-
-def test_missing_bindings_are_one_line_that_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
-    nvrtc.bindings.cache_clear()
-    with pytest.raises(MissingInput, match="pip install cuda-bindings nvidia-cuda-nvrtc"):
-        nvrtc.bindings()
-    nvrtc.bindings.cache_clear()
-
-
 @pytest.mark.parametrize("C", [1, 7, 33, 768, 1023, 8192, 8193, 50_000])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
 def test_plans_are_valid(C: int, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -130,7 +87,7 @@ def test_plans_are_valid(C: int, dtypes: tuple[torch.dtype, ...]) -> None:
                 assert -(-C // (plan.THREADS * plan.VEC)) * plan.VEC <= 56
 
 
-# --- the arithmetic, on the host ----------------------------------------------------------------
+# --- the arithmetic, see ptx.py ---------------------------------------------------------------
 
 
 def ulps(value: Tensor, exact: Tensor) -> float:
@@ -183,6 +140,13 @@ def test_the_arithmetic_equals_float64(
         assert (value.double() - exactly).abs().max() <= torch.finfo(value.dtype).eps * 8 * scale
 
 
+def test_architectures_without_instructions_for_bf16_compute_the_same(
+    kernels_on_host: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_norm, "launch", partial(ptx.launch, arch="compute_75"))
+    test_the_arithmetic_equals_float64(kernels_on_host, (23, 768), True, DTYPES[1])
+
+
 @pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize("C", [8192, 40_000])
 def test_rows_past_a_warp_and_past_the_registers_are_right(
@@ -212,20 +176,16 @@ def test_a_row_without_spread_far_from_zero_stays_finite(kernels_on_host: None) 
 
 
 @pytest.mark.parametrize("C", [1024, 50_000])
-def test_rows_past_two_billion_elements_are_found(
-    C: int, host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_past_two_billion_elements_are_found(C: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last block alone is run, for the last row, over memory that nothing else touches."""
+    pytest.importorskip("cuda.bindings")
     sums = []  # Σ dy x̂ and Σ dy of that block
 
     def launch(plan: Plan, name: str, grid: Any, threads: int, arguments: tuple[Any, ...]) -> None:
         if name == "layer_norm_finalise":
             sums.extend(arguments[0][-1])
             return
-        only_last_block = c_bool.in_dll(host.library(plan), "only_last_block")
-        only_last_block.value = True
-        host.launch(plan, name, grid, threads, arguments)
-        only_last_block.value = False
+        ptx.launch(plan, name, grid, threads, arguments, only_last_block=True)
 
     monkeypatch.setattr(layer_norm, "launch", launch)
     monkeypatch.setattr(layer_norm, "multiprocessors", lambda _: 1 << 30)  # as many as are asked
@@ -316,30 +276,52 @@ def test_the_gradient_sums_have_one_order_whatever_the_number_of_blocks_is(
         torch.testing.assert_close(gradients(blocks), first, rtol=1e-5, atol=1e-5)
 
 
-# A place in the kernel, what stands there instead, and the width at which that comes out wrong.
+RACE = "without a barrier"
+# A place in the kernel, what stands there instead, the width at which that goes wrong, and how.
 MUTANTS = {
-    "unbiased variance": ("square * (1.0f / C) -", "square * (1.0f / (C - 1)) -", 768),
-    "a lane left out": ("step > 0; step /= 2) {", "step > 1; step /= 2) {", 768),
-    "a warp left out": ("w < WARPS; w++", "w < WARPS - 1; w++", 768),
-    "rows left out": ("first += stride,", "first += 2 * stride,", 768),
-    "no barrier in a row's sum": ("__syncthreads();\n    a = b", "a = b", 768),
-    "one buffer for every row": ("first += stride, turn ^= 1", "first += stride", 768),
-    "no barrier between groups": ("if (ROWS > 1) __syncthreads();", "", 768),
-    "no barrier in the last sum": ("= sum;\n    __syncthreads();", "= sum;", 768),
-    "one buffer for both sums": ("rest, shared[1])", "rest, shared[0])", 8200),
-    "one buffer for every long row": ("row += gridDim.x, turn ^= 1", "row += gridDim.x", 8200),
+    "unbiased variance": ("square * (1.0f / C) -", "square * (1.0f / (C - 1)) -", 768, ""),
+    "a lane left out": ("step > 0; step /= 2) {", "step > 1; step /= 2) {", 768, ""),
+    "a warp left out": ("w < WARPS; w++", "w < WARPS - 1; w++", 768, ""),
+    "rows left out": ("first += stride,", "first += 2 * stride,", 768, ""),
+    "halves of a word exchanged": ('"f"(high), "f"(low)', '"f"(low), "f"(high)', 768, ""),
+    "words exchanged": ("{%1, %2, %3, %4}", "{%2, %1, %3, %4}", 768, ""),
+    "a row read askew": ("x += row * C;", "x += row * C + 2;", 768, "misaligned"),
+    "a row past the end": ("row >= n_rows", "row > n_rows", 768, "out of bounds"),
+    "half a warp": (
+        "if (row >= n_rows)",
+        "if (row >= n_rows || lane > 5)",
+        32,
+        "without the whole warp",
+    ),
+    "a mean of two lanes": ("if (lane == 0) {", "if (lane < 2) {", 768, "wrote to one place"),
+    "threads that leave early": (
+        "= row < n_rows;",
+        "= row < n_rows; if (!is_row) return;",
+        768,
+        "never reach",
+    ),
+    "no barrier in a row's sum": ("__syncthreads();\n    a = b", "a = b", 768, RACE),
+    "one buffer for every row": ("first += stride, turn ^= 1", "first += stride", 768, RACE),
+    "no barrier between groups": ("if (ROWS > 1) __syncthreads();", "", 768, RACE),
+    "no barrier in the last sum": ("= sum;\n    __syncthreads();", "= sum;", 768, RACE),
+    "one buffer for both sums": ("rest, shared[1])", "rest, shared[0])", 8200, RACE),
+    "one buffer for every long row": (
+        "row += gridDim.x, turn ^= 1",
+        "row += gridDim.x",
+        8200,
+        RACE,
+    ),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_an_error_in_the_kernel_is_seen(
-    mutant: str, kernels_on_host: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mutant: str, kernels_on_host: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new, C = MUTANTS[mutant]
+    old, new, C, how = MUTANTS[mutant]
     assert SOURCE.count(old) == 1
-    (tmp_path / "layer_norm.cu").write_text(SOURCE.replace(old, new))
-    monkeypatch.setattr(layer_norm, "launch", Host(tmp_path, tmp_path).launch)
-    with pytest.raises(AssertionError):
+    monkeypatch.setattr(layer_norm, "SOURCE", SOURCE.replace(old, new))
+    with pytest.raises(ptx.Fault if how else AssertionError, match=how or None):
         test_the_arithmetic_equals_float64(kernels_on_host, (23, C), True, DTYPES[3])
 
 

@@ -19,24 +19,17 @@ typedef long long i64;
 struct bf16 { unsigned short bits; };
 struct fp16 { unsigned short bits; };
 
-#ifndef CUDA_ON_HOST  // the tests run this file on the host and bring these two of their own
-__device__ inline float half_to_float(unsigned short bits) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-    return f;
-}
-__device__ inline unsigned short float_to_half(float f) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-    return bits;
-}
-#endif
-
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(bf16 v) { return __uint_as_float((unsigned)v.bits << 16); }
-__device__ inline float to_float(fp16 v) { return half_to_float(v.bits); }
+__device__ inline float to_float(fp16 v) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+    return f;
+}
 __device__ inline void from_float(float f, float& v) { v = f; }
-__device__ inline void from_float(float f, fp16& v) { v.bits = float_to_half(f); }
+__device__ inline void from_float(float f, fp16& v) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v.bits) : "f"(f));
+}
 __device__ inline void from_float(float f, bf16& v) {  // to nearest even; a NaN stays one
     const unsigned u = __float_as_uint(f);
     v.bits = f != f ? 0x7fff : (unsigned short)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
@@ -60,7 +53,7 @@ __device__ inline Pack<T> read(const T* p) {
 }
 template <typename W>
 __device__ inline void put(W* p, W w) { *p = w; }
-#ifndef CUDA_ON_HOST  // in one store: the compiler, left to itself, may make four of it
+// In one store: the compiler, left to itself, may make four of it.
 __device__ inline void put(uint4* p, uint4 w) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                  :: "l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
@@ -68,7 +61,6 @@ __device__ inline void put(uint4* p, uint4 w) {
 __device__ inline void put(uint2* p, uint2 w) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(w.x), "r"(w.y) : "memory");
 }
-#endif
 template <typename T>
 __device__ inline void write(T* p, const Pack<T>& pack) {
     auto* to = reinterpret_cast<Words<sizeof(T) * VEC>*>(p);

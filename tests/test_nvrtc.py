@@ -1,0 +1,95 @@
+"""CUDA C++ compiled at run time, kept, and handed to the driver: without a GPU, and without its
+driver."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt.errors import MissingInput
+from gpt.kernels import nvrtc
+from tests.programs import REPO
+
+SCALE = 'extern "C" __global__ void scale(float* y, float* x, long long n, float by) {}'
+
+
+def test_what_does_not_compile_says_where() -> None:
+    pytest.importorskip("cuda.bindings")
+    with pytest.raises(RuntimeError, match=r"kernel.cu\(1\): error"):
+        nvrtc.compile_source("nonsense", (), "sm_90")
+
+
+def test_a_compiled_kernel_is_kept_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cubin = nvrtc.cached_cubin(SCALE, (), "sm_90")
+    monkeypatch.setattr(nvrtc, "compile_source", None)  # not needed again
+    assert nvrtc.cached_cubin(SCALE, (), "sm_90") == cubin
+    assert len(list((tmp_path / "gpt-norms").iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "compile_source", lambda *_: (b"machine code", ""))
+    monkeypatch.setattr(nvrtc, "sync", lambda _: os.close(-1))  # an OSError, as of a full disk
+    assert nvrtc.cached_cubin(SCALE, (), "sm_90") == b"machine code"
+    assert list((tmp_path / "gpt-norms").iterdir()) == []
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert nvrtc.cached_cubin(SCALE, (), "sm_90") == b"machine code"
+
+
+def test_missing_bindings_are_one_line_that_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    nvrtc.bindings.cache_clear()
+    with pytest.raises(MissingInput, match="pip install cuda-bindings nvidia-cuda-nvrtc"):
+        nvrtc.bindings()
+    nvrtc.bindings.cache_clear()
+
+
+# What a backward pass does, in a program of its own: a driver is found once a process.
+LAUNCH = f"""
+from ctypes import c_float, c_longlong, c_void_p
+from gpt.kernels import nvrtc
+nvrtc.make_current(1)
+function = nvrtc.kernel({SCALE!r}, (), "sm_90", 1, "scale")
+arguments = (0x7F0123456780, 0, 2**40 + 5, 1.5), (c_void_p, c_void_p, c_longlong, c_float)
+nvrtc.launch(function, (3, 4), 128, 0x55, *arguments)
+try:
+    nvrtc.launch(function, (0, 1), 128, 0x55, *arguments)
+except RuntimeError as error:
+    print(error, flush=True)
+"""
+ASKED = """device 1
+context of device 1
+current 0x100
+module ELF
+function scale of 0x200
+0x300 in 3 4 1 blocks of 128 1 1 threads, 0 bytes, on 0x55, no extra
+0x7f0123456780 (nil) 1099511627781 1.5
+cuda.bindings.driver: CUDA_ERROR_INVALID_VALUE
+"""
+
+
+def test_the_driver_is_given_the_kernel_and_its_arguments(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings")
+    if sys.platform != "linux" or shutil.which("cc") is None:
+        pytest.skip("no Linux, or no C compiler to build the driver's stand-in with")
+    source = Path(__file__).parent / "cuda_driver.c"
+    library = str(tmp_path / "libcuda.so.1")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, str(source)], check=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", LAUNCH]
+    done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True)
+    assert done.stdout == ASKED, done.stderr
