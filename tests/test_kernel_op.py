@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_float, c_longlong, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from gpt import stats
 from gpt.errors import MissingInput
 from gpt.files import flatten
 from gpt.kernels import layer_norm as kernels
+from gpt.kernels import nvrtc
 from gpt.kernels.layer_norm import add_norm, layer_norm
 from gpt.norms.cuda_layer import CudaLayerNorm
 from gpt.placement import build_model
@@ -193,3 +198,35 @@ def test_unknown_dtypes_are_refused() -> None:
     x = torch.randn(2, 8, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"x is torch.float64; expected float32, bfloat16 or"):
         kernels.kind_of(x, None, x, torch.ones(8), True, ())
+
+
+class OnAnotherDevice(Tensor):
+    device = torch.device("cuda", 99)
+
+
+def test_a_kernel_is_queued_on_its_tensors_device_and_torch_s_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With tensors as pointers, None as a null pointer, and numbers in the kernel's own types."""
+    done: list[Any] = []
+
+    @contextmanager
+    def device(device: torch.device) -> Iterator[None]:
+        done.append(device)
+        yield
+        done.append("back")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    streams = {torch.device("cuda", 99): SimpleNamespace(cuda_stream=0x55)}
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.get)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device - 99))
+    monkeypatch.setattr(nvrtc, "make_current", done.append)
+    monkeypatch.setattr(nvrtc, "kernel", lambda *a: a)
+    monkeypatch.setattr(nvrtc, "launch", lambda *a: done.append(a))
+    plan = kernels.Kind(24, F32, F32, F32, F32, False, True).forward()
+    x = torch.ones(2, 24).as_subclass(OnAnotherDevice)
+    kernels.launch(plan, "layer_norm_forward", (3, 1), 128, (None, x, 7, 0.5))
+    function = (kernels.SOURCE, plan.options(), "sm_90", 99, "layer_norm_forward")
+    values, types = (0, x.data_ptr(), 7, 0.5), (c_void_p, c_void_p, c_longlong, c_float)
+    launched = (function, (3, 1), 128, 0x55, values, types)
+    assert done == [torch.device("cuda", 99), 99, launched, "back"]
