@@ -83,6 +83,7 @@ def test_plans_are_valid(C: int, dtypes: tuple[torch.dtype, ...]) -> None:
             assert plan.THREADS % 32 == 0
             assert plan.ROWS == 1 or plan.THREADS == 32 or not plan.FORWARD
             assert plan.THREADS * plan.ROWS * plan.BLOCKS <= 1024
+            assert plan.CACHED or C > 8192  # else rows are read twice
             if plan.CACHED:
                 assert -(-C // (plan.THREADS * plan.VEC)) * plan.VEC <= 56
 
@@ -243,6 +244,12 @@ def test_shapes_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"layer_norm: (branch|weight) is .*; expected \("):
         forward_cuda(torch.ones(4, 64), torch.ones(branch), torch.ones(width), None, 1e-5, F32)
+
+
+def test_weights_may_be_strided_and_a_bias_of_another_type(kernels_on_host: None) -> None:
+    x, weight, bias = torch.randn(5, 768), torch.randn(768, 2)[:, 0], torch.randn(768).bfloat16()
+    y, *_ = forward_cuda(x, None, weight, bias, 1e-5, F32)
+    assert close(y, F.layer_norm(x.double(), (768,), weight.double(), bias.double(), 1e-5))
 
 
 def test_strided_and_misaligned_rows_are_right(kernels_on_host: None) -> None:

@@ -48,6 +48,28 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert nvrtc.cached_cubin(SCALE, (), "sm_90") == b"machine code"
 
 
+def test_kernels_are_kept_in_the_home_directory_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert nvrtc.cache_dir() == tmp_path / ".cache" / "gpt-norms"
+
+
+def test_a_missing_compiler_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuda-bindings alone can be imported; that NVRTC is not there is noticed at the first call."""
+    bindings = pytest.importorskip("cuda.bindings.nvrtc")
+
+    def fail() -> None:
+        raise RuntimeError("Failed to dlopen libnvrtc.so.13")
+
+    monkeypatch.setattr(bindings, "nvrtcVersion", fail)
+    nvrtc.bindings.cache_clear()
+    with pytest.raises(MissingInput, match="pip install cuda-bindings nvidia-cuda-nvrtc"):
+        nvrtc.bindings()
+    nvrtc.bindings.cache_clear()
+
+
 def test_missing_bindings_are_one_line_that_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
