@@ -346,8 +346,8 @@ def launch(
 ) -> None:
     """Takes the place of `launch` of gpt/kernels/layer_norm.py, with tensors of the CPU."""
     kernel = kernels(layer_norm.SOURCE, plan.options(), arch)[name]
-    if threads > kernel.threads:
-        raise Fault(f"{threads} threads a block, compiled for {kernel.threads}")
+    if not 0 < threads <= kernel.threads or 0 in grid:
+        raise Fault(f"{grid} blocks of {threads} threads, compiled for up to {kernel.threads}")
     values, memory = {}, []
     for argument, (_, parameter) in zip(arguments, kernel.parameters, strict=True):
         values[parameter] = 0 if argument is None else argument

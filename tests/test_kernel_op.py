@@ -59,8 +59,18 @@ def test_gradients_reach_both_summands_and_the_weights(kernels_on_host: None, bi
         [F.layer_norm(total, (8,), weight, beta, 1e-5), total], inputs, [dy, dstream]
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    only_stream = torch.autograd.grad(add_norm(x, branch, weight, beta, 1e-5)[1], x, dstream)
-    torch.testing.assert_close(only_stream[0], dstream)
+    only_stream = add_norm(x, branch, weight, beta, 1e-5)[1]
+    for gradient in torch.autograd.grad(only_stream, [x, branch], dstream):
+        torch.testing.assert_close(gradient, dstream)
+
+
+def test_no_rows_give_no_output_and_zero_gradients(kernels_on_host: None) -> None:
+    x, weight = torch.randn(0, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    bias = torch.randn(8, requires_grad=True)
+    y = layer_norm(x, weight, bias, 1e-5)
+    assert y.shape == (0, 8)
+    for gradient in torch.autograd.grad(y.sum(), [weight, bias]):
+        assert torch.equal(gradient, torch.zeros(8))
 
 
 def test_autocast_decides_the_output_s_dtype(kernels_on_host: None) -> None:
@@ -198,6 +208,11 @@ def test_unknown_dtypes_are_refused() -> None:
     x = torch.randn(2, 8, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"x is torch.float64; expected float32, bfloat16 or"):
         kernels.kind_of(x, None, x, torch.ones(8), True, ())
+
+
+def test_what_a_call_does_not_have_does_not_narrow_its_accesses() -> None:
+    x = torch.ones(2, 8)
+    assert kernels.kind_of(x, None, x, torch.ones(8), False, (None, None)).vec() == 4
 
 
 class OnAnotherDevice(Tensor):

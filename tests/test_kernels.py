@@ -72,7 +72,7 @@ def test_every_kernel_compiles_without_spills_and_within_its_registers(C: int, a
                 assert on_their_way >= 24_000, f"{plan}: {registers} registers, {on_their_way} B"
 
 
-@pytest.mark.parametrize("C", [1, 7, 33, 768, 1023, 8192, 8193, 50_000])
+@pytest.mark.parametrize("C", [1, 7, 33, 768, 1023, 2000, 4096, 8192, 8193, 50_000])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
 def test_plans_are_valid(C: int, dtypes: tuple[torch.dtype, ...]) -> None:
     for alignment in (16, 8, 4, 2):
@@ -107,7 +107,7 @@ def close(value: Tensor, exact: Tensor) -> bool:
 @pytest.mark.parametrize(
     ("dtypes", "branch"), [*((d, True) for d in DTYPES), (DTYPES[0], False), (DTYPES[1], False)]
 )
-@pytest.mark.parametrize("shape", [(70, 1), (5, 7), (70, 33), (23, 768), (17, 769), (9, 1600)])
+@pytest.mark.parametrize("shape", [(70, 1), (1, 7), (70, 33), (23, 768), (17, 769), (9, 1600)])
 def test_the_arithmetic_equals_float64(
     kernels_on_host: None, shape: tuple[int, int], branch: bool, dtypes: tuple[torch.dtype, ...]
 ) -> None:
@@ -253,16 +253,21 @@ def test_weights_may_be_strided_and_a_bias_of_another_type(kernels_on_host: None
 
 
 def test_strided_and_misaligned_rows_are_right(kernels_on_host: None) -> None:
-    weight = torch.randn(768)
-    for x in (
+    weight, dense = torch.randn(768), torch.randn(5, 768)
+    for strided in (
         torch.randn(5, 800)[:, :768],
         torch.randn(768, 5).t(),
         torch.randn(5 * 768 + 1)[1:].view(5, 768),  # 4 bytes off
     ):
-        y, _, mean, rstd = forward_cuda(x, None, weight, None, 1e-5, F32)
-        assert close(y, F.layer_norm(x.double(), (768,), weight.double(), None, 1e-5))
-        dx, *_ = backward_cuda(x, None, x, weight, mean, rstd, False, None)
-        assert dx.isfinite().all()
+        for x, branch in ((strided, dense), (dense, strided)):
+            y, stream, mean, rstd = forward_cuda(x, branch, weight, None, 1e-5, F32)
+            exact = (x + branch).double().requires_grad_()
+            reference = F.layer_norm(exact, (768,), weight.double(), None, 1e-5)
+            assert close(y, reference.detach())
+            for dy, dstream in ((strided, dense), (dense, strided)):
+                dx, *_ = backward_cuda(dy, dstream, stream, weight, mean, rstd, False, F32)
+                (wanted,) = torch.autograd.grad(reference, exact, dy.double(), retain_graph=True)
+                assert close(dx, wanted + dstream.double())
 
 
 def test_the_gradient_sums_have_one_order_whatever_the_number_of_blocks_is(
