@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,16 @@ def test_the_program_says_one_line_and_exits_78(override: str, tmp_path: Path) -
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
+
+
+def test_a_reader_that_has_gone_is_no_error_to_talk_about() -> None:
+    """As with `… | head`: the exit code of a program that the signal ended, and not a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "scripts/train.py", "--help"]
+    result = subprocess.run(command, cwd=REPO, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=lambda p: f"{p.parent.name}={p.stem}")

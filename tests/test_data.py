@@ -87,6 +87,13 @@ def test_a_folder_is_its_files_in_order_and_its_hidden_files_are_not_read(tmp_pa
     assert texts["train"] + texts["val"] == "firstsecond"
 
 
+def test_what_comes_after_the_cut_is_all_validation(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_text(chr(97 + i) * 10)
+    texts = split_of(open_corpus(DataConfig("text", str(tmp_path))))
+    assert texts["val"] == "s" * 10 + "t" * 10
+
+
 @pytest.mark.parametrize("size", [0, 1, 32, 300])
 def test_too_little_text_is_refused_with_its_size(tmp_path: Path, size: int) -> None:
     path = tmp_path / "short.txt"

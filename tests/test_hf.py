@@ -51,10 +51,20 @@ def test_hf_reads_a_file_that_is_there_whatever_its_name(tmp_path: Path, name: s
     assert [split for split, _ in documents].count("val") == 4
 
 
+def test_hf_reads_the_files_that_a_pattern_names(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "c.csv").write_text("text\nc\n")
+    corpus = open_corpus(DataConfig("hf", str(tmp_path / "*.jsonl")))
+    assert [text for _, text in corpus.documents()] == ["a", "b"]
+
+
 def test_hf_takes_at_most_max_documents_and_names_the_columns(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "docs.jsonl")
     few = prepare(make_config("data=hf", f"data.path={path}", "data.max_documents=10"))
     assert "document 10" not in few.tokenizer.decode(few.train.ids.tolist())
+    with pytest.raises(ConfigError, match=r"data.max_documents=0: expected an integer >= 1"):
+        make_config("data=hf", f"data.path={path}", "data.max_documents=0")
     with pytest.raises(ConfigError, match=r"data.column=txt: .* has text, id; did you mean 'text'"):
         prepare(make_config("data=hf", f"data.path={path}", "data.column=txt"))
 

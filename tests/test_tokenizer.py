@@ -16,6 +16,7 @@ from gpt.tokenizer import (
     byte_letters,
     fingerprint,
     from_ranks,
+    limited,
     load_tokenizer,
     make_tokenizer,
     save_tokenizer,
@@ -52,6 +53,10 @@ def test_bpe_is_trained_on_the_text_and_the_same_each_time() -> None:
     assert 256 < a.n_vocab <= BPE_VOCAB
     assert len(a.encode_ordinary(TEXT[0])) < len(TEXT[0]) / 3
     assert fingerprint(a) != fingerprint(make_tokenizer("bpe", ["other text " * 100]))
+
+
+def test_bpe_is_trained_on_so_many_characters_of_all_texts() -> None:
+    assert list(limited(["abc", "defg", "h"], 5)) == ["abc", "de"]
 
 
 def test_tiktoken_cuts_text_as_the_library_that_trained_the_bpe() -> None:
