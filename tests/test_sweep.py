@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from gpt.results import load_summaries, print_table
-from gpt.sweep import count_cells, progress_table
+from gpt.sweep import count_cells, progress_table, sweep_dir
 from tests.conftest import TINY
 from tests.programs import run_program
 
@@ -55,6 +55,20 @@ def test_the_ready_sweep_is_norm_by_placement_by_batch_size(corpus: Path, tmp_pa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_command_has_its_folder_in_any_order_and_another_command_another() -> None:
+    def folder(*args: str) -> Path:
+        path = sweep_dir(["-m", *args])
+        assert path is not None
+        return path
+
+    assert folder("a=1,2", "b=3") == folder("b=3", "a=1,2", "hydra.verbose=true")
+    assert len({folder("a=1,2", "b=3"), folder("a=1,2"), folder("a=1,3", "b=3")}) == 3
+    assert folder("sweep=norms") == Path("runs/norms")
+    assert folder("sweep=norms", "a=1").name.startswith("norms-")
+    assert folder("hydra.sweep.dir=elsewhere", "a=1") == Path("elsewhere")
+    assert sweep_dir(["a=1"]) is None
+
+
 def test_a_failed_cell_is_named_and_the_others_go_on(corpus: Path, tmp_path: Path) -> None:
     result = sweep(corpus, "norm=cuda_layer,rms,layer", cwd=tmp_path)
     assert result.returncode == 66
