@@ -51,11 +51,14 @@ def test_hf_reads_a_file_that_is_there_whatever_its_name(tmp_path: Path, name: s
     assert [split for split, _ in documents].count("val") == 4
 
 
-def test_hf_reads_the_files_that_a_pattern_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", ["*.jsonl", ""])
+def test_hf_reads_the_files_that_a_pattern_names_or_a_folder_holds(
+    tmp_path: Path, pattern: str
+) -> None:
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
-    (tmp_path / "c.csv").write_text("text\nc\n")
-    corpus = open_corpus(DataConfig("hf", str(tmp_path / "*.jsonl")))
+    (tmp_path / "README.md").write_text("no data")
+    corpus = open_corpus(DataConfig("hf", str(tmp_path / pattern)))
     assert [text for _, text in corpus.documents()] == ["a", "b"]
 
 

@@ -107,6 +107,27 @@ def test_a_rate_at_which_runs_diverged_is_marked_as_such(tmp_path: Path) -> None
     assert pictures.draw_lr([cell for cell in cells if not cell.losses]) is None
 
 
+def test_a_leaky_norm_is_not_shown_by_its_learning_rates(tmp_path: Path) -> None:
+    for lr in (0.1, 0.3):
+        for norm, seen in (("layer", []), ("batch", ["later tokens"])):
+            summary(tmp_path / str(lr), norm, 1, 3.0, sees_in_evaluation=seen)
+            config = tmp_path / str(lr) / f"{norm}-pre-bs4-s1" / "config.yaml"
+            config.write_text(config.read_text() + f"\noptim: {{lr: {lr}}}")
+    figure = report.figure_lr(make_cells(load_summaries(tmp_path)))
+    assert figure is not None
+    assert {line.name for line in figure.data} == {"layer-pre-bs4"}
+
+
+def test_what_runs_differ_in_is_told_apart_from_what_they_share(tmp_path: Path) -> None:
+    for norm in ("layer", "rms"):
+        summary(tmp_path, norm, 1, 3.0)
+    rows, shared = report.differing(load_summaries(tmp_path))
+    assert rows == [{"run": f"{norm}-pre-bs4-s1", "norm.name": norm} for norm in ("layer", "rms")]
+    assert {row["key"]: row["value"] for row in shared} == {
+        "placement.name": "pre", "seed": "1", "train.batch_size": "4",
+    }  # fmt: skip
+
+
 def test_a_curve_that_diverges_ends_in_a_cross_on_the_page_and_in_the_picture(
     tmp_path: Path,
 ) -> None:
