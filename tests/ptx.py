@@ -143,7 +143,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "sub": np.subtract,
     "mul": np.multiply,
     "div": np.floor_divide,  # of integers, which are not negative here
-    "min": np.minimum,
+    "min": np.fmin,  # of a number and a NaN, the number
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
@@ -271,7 +271,7 @@ class Blocks:
             case ["cvt", "rn", "bf16x2", "f32"]:
                 high, low = (as_bf16(self.get(operand, "f32")) for operand in operands[1:])
                 self.set(operands[0], high << np.uint32(16) | low)
-            case ["cvt", *_, to_kind, kind]:
+            case ["cvt", *how, to_kind, kind] if {*how} <= {"rn"}:
                 self.set(operands[0], self.get(operands[1], kind).astype(dtype(to_kind)))
             case ["mul", "wide", kind]:
                 wide = dtype(kind[0] + str(2 * int(kind[1:])))
