@@ -65,7 +65,10 @@ def run(app: Callable[[], None]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing
     argparse.ArgumentParser.error = refuse_usage  # type: ignore[assignment, method-assign]
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is no error to talk about
     except Failed as failed:
         sys.exit(failed.exit_code)
     except KeyboardInterrupt:

@@ -119,7 +119,8 @@ def test_a_reader_that_has_gone_is_no_error_to_talk_about() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "scripts/train.py", "--help"]
-    result = subprocess.run(command, cwd=REPO, stdout=writer, stderr=subprocess.PIPE)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # written at the end
+    result = subprocess.run(command, cwd=REPO, stdout=writer, stderr=subprocess.PIPE, env=env)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, b"")
 
