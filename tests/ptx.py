@@ -54,14 +54,8 @@ class Kernel(NamedTuple):
 @cache
 def kernels(source: str, options: tuple[str, ...], arch: str) -> dict[str, Kernel]:
     """The kernels of a source, by name, as compiled for `arch` (`compute_90`)."""
-    _, compiler = nvrtc.bindings()
-    program = nvrtc.check(compiler, compiler.nvrtcCreateProgram(source.encode(), b"", 0, [], []))
-    arguments = [f"--gpu-architecture={arch}".encode(), b"--std=c++17"]
-    arguments += [option.encode() for option in options]
-    nvrtc.check(compiler, compiler.nvrtcCompileProgram(program, len(arguments), arguments))
-    text = bytes(nvrtc.check(compiler, compiler.nvrtcGetPTXSize(program)))
-    nvrtc.check(compiler, compiler.nvrtcGetPTX(program, text))
-    _, *entries = re.sub(r"//.*|\.pragma.*|\0", "", text.decode()).split(".visible .entry ")
+    code, _ = nvrtc.compile_source(source, options, arch)
+    _, *entries = re.sub(r"//.*|\.pragma.*|\0", "", code.decode()).split(".visible .entry ")
     return {entry[: entry.index("(")]: parse(entry) for entry in entries}
 
 
@@ -84,7 +78,7 @@ def parse(entry: str) -> Kernel:
             name = tuple(found[3].split("."))
             kernel.code.append(Instruction(found[1] == "!", found[2], name, operands, line))
         elif line not in ("", "{", "}"):
-            raise NotImplementedError(line)
+            raise ValueError(f"unknown to this interpreter: {line}")
     return kernel._replace(shared_bytes=size)
 
 
@@ -157,6 +151,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "fma": lambda a, b, c: (np.float64(a) * b + c).astype(np.float32),
     "rsqrt": lambda a: ((1 + 2**-22.9) / np.sqrt(np.float64(a))).astype(np.float32),  # at worst
 }
+MANNERS = {"rn", "lo", "approx", "to", "global"}  # as `rn` in `fma.rn.f32`
 COMPARISONS: dict[str, Callable[..., Any]] = {
     "eq": np.equal,
     "ne": np.not_equal,
@@ -253,7 +248,7 @@ class Blocks:
                 memory.write(addresses, items, self.names[self.lanes])
             case ["shfl", "sync", "bfly", "b32"]:
                 self.shuffle(*operands)
-            case ["setp", comparison, kind]:
+            case ["setp", comparison, kind] if comparison in COMPARISONS:
                 values = (self.get(operand, kind) for operand in operands[1:])
                 self.set(operands[0], COMPARISONS[comparison](*values))
             case ["mov", "b32"] if operands[1][0] == "{":
@@ -277,14 +272,14 @@ class Blocks:
                 wide = dtype(kind[0] + str(2 * int(kind[1:])))
                 a, b = (self.get(operand, kind).astype(wide) for operand in operands[1:])
                 self.set(operands[0], a * b)
-            case [operation, *how, kind] if {*how} <= {"rn", "lo", "approx", "to", "global"}:
+            case [operation, *how, kind] if operation in ARITHMETIC and {*how} <= MANNERS:
                 kinds = [kind] * (len(operands) - 1)
                 if operation == "selp":
                     kinds[2] = "pred"
                 values = (self.get(o, k) for o, k in zip(operands[1:], kinds, strict=True))
                 self.set(operands[0], ARITHMETIC[operation](*values))
             case _:
-                raise NotImplementedError(instruction.text)
+                raise ValueError(f"unknown to this interpreter: {instruction.text}")
 
     def get(self, operand: str, kind: str) -> Any:
         """The lanes' values of a register, or the one value of a number or a name."""

@@ -337,6 +337,18 @@ def test_an_error_in_the_kernel_is_seen(
         test_the_arithmetic_equals_float64(kernels_on_host, (23, C), True, DTYPES[3])
 
 
+@pytest.mark.parametrize("unknown", ["sqrtf(variance + eps)", "__fmul_rz(variance, eps)"])
+def test_an_instruction_that_the_interpreter_does_not_know_is_refused(
+    unknown: str, kernels_on_host: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SOURCE.replace("rsqrtf(variance + eps)", unknown)
+    monkeypatch.setattr(layer_norm, "SOURCE", source)
+    with pytest.raises(ValueError, match=r"unknown to this interpreter: (sqrt.rn|mul.rz)"):
+        test_the_arithmetic_equals_float64(kernels_on_host, (1, 7), True, DTYPES[0])
+    with pytest.raises(ValueError, match=r"unknown to this interpreter: \.local"):
+        ptx.parse("f()\n.maxntid 32, 1, 1\n{\n.local .align 4 .b8 spilled[8];\n}")
+
+
 @pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
 def test_memory_is_read_and_written_in_the_widest_accesses(

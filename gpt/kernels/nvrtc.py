@@ -43,7 +43,7 @@ def check(module: Any, result: tuple[Any, ...]) -> Any:
 
 
 def compile_source(source: str, options: tuple[str, ...], arch: str) -> tuple[bytes, str]:
-    """CUDA C++ as machine code for `arch` (`sm_90`), and the compiler's log.
+    """CUDA C++ as machine code for `arch` (`sm_90`), or PTX (`compute_90`); the compiler's log.
 
     RuntimeError with the log where it does not compile.
     """
@@ -56,10 +56,11 @@ def compile_source(source: str, options: tuple[str, ...], arch: str) -> tuple[by
     text = log.decode().strip("\0 ")
     if int(status) != 0:
         raise RuntimeError(f"{' '.join(arguments)}:\n{text}")
-    cubin = bytes(check(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
-    check(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
+    form = "CUBIN" if arch.startswith("sm_") else "PTX"
+    code = bytes(check(nvrtc, getattr(nvrtc, f"nvrtcGet{form}Size")(program)))
+    check(nvrtc, getattr(nvrtc, f"nvrtcGet{form}")(program, code))
     nvrtc.nvrtcDestroyProgram(program)
-    return cubin, text
+    return code, text
 
 
 def cache_dir() -> Path:
