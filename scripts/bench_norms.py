@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from gpt.norms.layer import LayerNorm
 ROWS = (8192, 65536)
 WIDTHS = (768, 1024, 1280, 1600, 4096)
 PRECISIONS = ("bf16", "fp32", "autocast")  # autocast: fp32 stream and weights, bf16 branch and y
-REPEATS = 30
+REPEATS = 25
 Norm = Callable[[Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -44,12 +45,20 @@ def ours(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor
 
 
 def native(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """F.layer_norm; under autocast it computes and returns fp32, and the next product casts."""
     stream = x if branch is None else x + branch
-    y = F.layer_norm(stream, w.shape, w, b, 1e-5)
-    if torch.is_autocast_enabled("cuda"):
-        y = y.to(torch.get_autocast_dtype("cuda"))
-    return y, stream
+    return as_autocast(F.layer_norm(stream, w.shape, w, b, 1e-5)), stream
+
+
+def as_autocast(y: Tensor) -> Tensor:
+    """As the product after a norm needs it: F.layer_norm, under autocast, returns fp32."""
+    return y.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else y
+
+
+@cache
+def weights_as(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a kernel wants its weights; made once, for they would be parameters of that type."""
+    same = weights.dtype == dtype
+    return weights if same else weights.detach().to(dtype).requires_grad_()
 
 
 def peers() -> dict[str, Norm]:
@@ -62,15 +71,36 @@ def peers() -> dict[str, Norm]:
     except ImportError:
         pass
     try:
-        from quack.layernorm import layernorm
+        from quack.rmsnorm import layernorm_bwd, layernorm_fwd
 
-        found["quack"] = lambda x, w, b: layernorm(x, w.float(), b.float(), 1e-5)
+        class Quack(torch.autograd.Function):  # which the package has for RMSNorm only
+            @staticmethod
+            def forward(ctx, x, w, b):  # type: ignore[no-untyped-def]
+                y, rstd, mean = layernorm_fwd(x, w, b, 1e-5, return_rstd=True, return_mean=True)
+                ctx.save_for_backward(x, w, rstd, mean)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):  # type: ignore[no-untyped-def]
+                x, w, rstd, mean = ctx.saved_tensors
+                return layernorm_bwd(x, w, dy, rstd, mean)
+
+        found["quack"] = lambda x, w, b: Quack.apply(
+            x, weights_as(w, torch.float32), weights_as(b, torch.float32)
+        )
     except ImportError:
         pass
     try:
-        from apex.contrib.layer_norm.layer_norm import _fast_layer_norm
+        from apex.contrib.layer_norm.layer_norm import FastLayerNormFN
 
-        found["apex"] = lambda x, w, b: _fast_layer_norm(x, w, b, 1e-5, False)
+        def apex(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            # Its output has the type of its weights.
+            dtype = torch.bfloat16 if torch.is_autocast_enabled("cuda") else w.dtype
+            with torch.autocast("cuda", enabled=False):  # else it would cast x as well
+                w, b = weights_as(w, dtype), weights_as(b, dtype)
+                return FastLayerNormFN.apply(x, w, b, 1e-5, False)
+
+        found["apex"] = apex
     except ImportError:
         pass
     try:
@@ -91,7 +121,7 @@ def peers() -> dict[str, Norm]:
     def over_a_sum(norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Norm:
         def run(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             stream = x if branch is None else x + branch
-            return norm(stream, w, b), stream
+            return as_autocast(norm(stream, w, b)), stream
 
         return run
 
@@ -108,9 +138,9 @@ def bytes_moved(precision: str, direction: str, residual: bool) -> int:
 
 
 def warm() -> None:
-    """Holds the device for a millisecond, in which the host queues what is timed: else a kernel of
-    10 µs would be timed by the 50 and more that Python takes to launch it."""
-    torch.cuda._sleep(2_000_000)  # clock cycles
+    """Holds the device for half a millisecond, in which the host queues what is timed: else a
+    kernel of 10 µs would be timed by the 50 and more that Python takes to launch it."""
+    torch.cuda._sleep(1_000_000)  # clock cycles
 
 
 def cold(flush: Tensor) -> None:
@@ -150,6 +180,11 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / medians({"copy": lambda: target.copy_(source)}, warm)["copy"]
 
 
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
+
+
 def measure(
     norms: dict[str, Norm], N: int, C: int, precision: str, residual: bool, flush: Tensor
 ) -> dict[tuple[str, str], dict[str, float]]:
@@ -175,12 +210,14 @@ def measure(
             y, total = run()
             outputs = [y] if branch is None else [y, total]
             gradients = [torch.randn_like(t) for t in outputs]
-            torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+            # Some peers have weights of their own.
+            back = partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+            back(outputs, inputs, gradients)
         except Exception as error:  # a peer that cannot do this case is left out of it
             print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
         forward[name] = run
-        backward[name] = partial(torch.autograd.grad, outputs, inputs, gradients, retain_graph=True)
+        backward[name] = partial(back, outputs, inputs, gradients)
     return {
         (direction, state): medians(calls, before)
         for direction, calls in (("forward", forward), ("backward", backward))
@@ -217,21 +254,43 @@ def block_step(
     return step
 
 
+def captured(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step as a CUDA graph, whose replay costs the host next to nothing."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def measure_blocks() -> list[dict[str, Any]]:
-    """As a user has them: from an idle device on, with the time that the host takes."""
+    """Steps from an idle device on, launched by Python, and by a graph: what the device takes."""
     rows = []
     for n_head in (12, 16, 20, 25):  # GPT-2 small to XL
         torch._dynamo.reset()
-        calls = {
+        steps = {
             f"{name} {'compiled' if compiled else 'eager'}": block_step(
                 norm, n_head, compiled, "cuda"
             )
             for compiled in (False, True)
             for name, norm in (("ours", CudaLayerNorm), ("native", LayerNorm))
         }
-        rows.append({"C": 64 * n_head, "ms": medians(calls, torch.cuda.synchronize)})
-        print(f"two blocks of C={64 * n_head}: {rows[-1]['ms']}")
+        python = medians(steps, torch.cuda.synchronize)
+        graphs = {name: captured(step) for name, step in steps.items()}
+        graph = medians(graphs, torch.cuda.synchronize)
+        rows.append({"C": 64 * n_head, "python_ms": python, "graph_ms": graph})
+        print(f"two blocks of C={64 * n_head}, by Python: {described(python)}")
+        print(f"two blocks of C={64 * n_head}, by a graph: {described(graph)}")
     return rows
+
+
+def described(ms: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f} ms" for name, value in ms.items())
 
 
 def main() -> None:
@@ -242,10 +301,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise MissingInput("bench_norms needs a CUDA device")
     out.mkdir(parents=True, exist_ok=True)
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # past any L2 cache
+    flush = torch.zeros(64 << 20, device="cuda")  # 256 MiB: past any L2 cache
     copy = copy_bandwidth()
     machine = {
         "gpu": torch.cuda.get_device_name(),
+        "driver": driver_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "copy_tb_per_s": copy / 1e9,

@@ -24,7 +24,7 @@ from gpt.kernels.layer_norm import Plan
 
 LANES = 1 << 15  # how many run at once, in whole blocks
 WAITS, DONE = 1 << 20, 1 << 30  # added to the next instruction of a lane
-NOBODY, SEVERAL = 0, -1  # beside lanes, which count from 1
+NOBODY = 0  # lanes count from 1
 
 
 class Fault(AssertionError):
@@ -91,16 +91,18 @@ def dtype(name: str) -> Any:
 
 
 class Memory:
-    """The items of an array, which begins at an address; and which lane has read and which has
-    written each of them since the last barrier."""
+    """The items of an array, which begins at an address; which lane has written each of them, and
+    the first and the last of those that have read it, since barriers that these have passed."""
 
     def __init__(self, base: int, items: Any) -> None:
         self.base, self.items = base, items
-        self.forget()
+        self.writer, self.first, self.last = (np.zeros(len(items), np.int32) for _ in range(3))
 
-    def forget(self) -> None:
-        self.reader = np.zeros(len(self.items), np.int32)
-        self.writer = np.zeros(len(self.items), np.int32)
+    def forget(self, passed: Any) -> None:
+        """`passed[lane]`: the last of the lanes, in a row, with which it met at a barrier, or 0."""
+        self.writer[passed[self.writer] != NOBODY] = NOBODY
+        met = passed[self.first] >= self.last
+        self.first[met] = self.last[met] = NOBODY
 
     def find(self, addresses: Any, size: int) -> Any:
         if (addresses % size).any():
@@ -112,18 +114,20 @@ class Memory:
         return found
 
     def read(self, addresses: Any, size: int, lanes: Any) -> Any:
-        at, me = self.find(addresses, size), lanes[:, None]
-        before, writer = self.reader[at], self.writer[at]
-        if ((writer != NOBODY) & (writer != me)).any():
+        at = self.find(addresses, size)
+        me = np.broadcast_to(lanes[:, None], at.shape)
+        if ((self.writer[at] != NOBODY) & (self.writer[at] != me)).any():
             raise Fault("read what another thread wrote, without a barrier")
-        self.reader[at] = me
-        several = (self.reader[at] != me) | (before != NOBODY) & (before != me)
-        self.reader[at[several]] = SEVERAL
-        return self.items[at]
+        # Lanes ascend; of several that are assigned to one place the last remains.
+        self.last[at] = np.maximum(self.last[at], me)
+        at, me = at[::-1], me[::-1]
+        first = self.first[at]
+        self.first[at] = np.where(first == NOBODY, me, np.minimum(first, me))
+        return self.items[at[::-1]]
 
     def write(self, addresses: Any, values: Any, lanes: Any) -> None:
         at, me = self.find(addresses, values.shape[1] * values.itemsize), lanes[:, None]
-        for others in (self.reader[at], self.writer[at]):
+        for others in (self.first[at], self.last[at], self.writer[at]):
             if ((others != NOBODY) & (others != me)).any():
                 raise Fault("wrote where another thread was, without a barrier")
         self.writer[at] = me
@@ -138,6 +142,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "mul": np.multiply,
     "div": np.floor_divide,  # of integers, which are not negative here
     "min": np.fmin,  # of a number and a NaN, the number
+    "max": np.fmax,
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
@@ -179,6 +184,7 @@ class Blocks:
         n = len(self.numbers) * self.threads
         self.names = np.arange(n) + self.first_lane
         self.next = np.zeros(n, np.int64)
+        self.barrier, self.wanted = np.zeros((2, n), np.int64)  # its number and threads
         self.registers = {
             f"%{kind}{i}": np.full(n, -1).astype(bits)
             for kind, (bits, count) in self.kernel.registers.items()
@@ -211,11 +217,20 @@ class Blocks:
                 raise Fault(f"{fault}: {instruction.text}") from None
 
     def pass_barrier(self) -> None:
-        waits = (self.next < DONE).reshape(-1, self.threads)
-        if (waits.any(1) != waits.all(1)).any():
+        """Each barrier at which as many threads of a block wait as it wants lets them go on."""
+        waiting = np.flatnonzero(self.next < DONE)
+        block = waiting // self.threads
+        barrier, wanted = self.barrier[waiting] + 16 * block, self.wanted[waiting]
+        full = np.bincount(barrier)[barrier] == wanted
+        if not np.isin(block, block[full]).all():
             raise Fault("a barrier that some threads of the block never reach")
-        self.next[waits.reshape(-1)] -= WAITS
-        self.shared.forget()
+        waiting, barrier = waiting[full], barrier[full]
+        self.next[waiting] -= WAITS
+        last = np.zeros(barrier.max() + 1, np.int64)
+        last[barrier] = self.names[waiting]
+        passed = np.zeros(self.names[-1] + 1, np.int64)
+        passed[self.names[waiting]] = last[barrier]
+        self.shared.forget(passed)
 
     def step(self, instruction: Instruction) -> None:
         name, operands = instruction.name, instruction.operands
@@ -229,7 +244,10 @@ class Blocks:
                 self.next[self.lanes] = self.kernel.labels[operands[0]]
             case ["ret"]:
                 self.next[self.lanes] = DONE
-            case ["bar", "sync"]:
+            case ["bar" | "barrier", "sync"]:
+                number, *threads = (self.get(operand, "u32") for operand in operands)
+                self.barrier[self.lanes] = number
+                self.wanted[self.lanes] = threads[0] if threads else self.threads
                 self.next[self.lanes] += WAITS
             case ["ld", "param", kind]:
                 value = self.arguments[operands[1][1:-1]]

@@ -294,11 +294,11 @@ MUTANTS = {
     "unbiased variance": ("square * (1.0f / C) -", "square * (1.0f / (C - 1)) -", 768, ""),
     "a lane left out": ("step > 0; step /= 2) {", "step > 1; step /= 2) {", 768, ""),
     "a warp left out": ("w < WARPS; w++", "w < WARPS - 1; w++", 768, ""),
-    "rows left out": ("first += stride,", "first += 2 * stride,", 768, ""),
+    "rows left out": ("row += stride,", "row += 2 * stride,", 768, ""),
     "halves of a word exchanged": ('"f"(high), "f"(low)', '"f"(low), "f"(high)', 768, ""),
     "words exchanged": ("{%1, %2, %3, %4}", "{%2, %1, %3, %4}", 768, ""),
     "a row read askew": ("x += row * C;", "x += row * C + 2;", 768, "misaligned"),
-    "a row past the end": ("row >= n_rows", "row > n_rows", 768, "out of bounds"),
+    "a row past the end": ("row >= n_rows", "row > n_rows", 512, "out of bounds"),
     "half a warp": (
         "if (row >= n_rows)",
         "if (row >= n_rows || lane > 5)",
@@ -307,14 +307,31 @@ MUTANTS = {
     ),
     "a mean of two lanes": ("if (lane == 0) {", "if (lane < 2) {", 768, "wrote to one place"),
     "threads that leave early": (
-        "= row < n_rows;",
-        "= row < n_rows; if (!is_row) return;",
+        "    partial += (i64)blockIdx.x * 2 * C;\n    if",
+        "    if (lane == 9) return;\n    partial += (i64)blockIdx.x * 2 * C;\n    if",
         768,
         "never reach",
     ),
-    "no barrier in a row's sum": ("__syncthreads();\n    a = b", "a = b", 768, RACE),
-    "one buffer for every row": ("first += stride, turn ^= 1", "first += stride", 768, RACE),
-    "no barrier between groups": ("if (ROWS > 1) __syncthreads();", "", 768, RACE),
+    "no barrier in a row's sum": (
+        "if (ROWS == 1) {\n        __sync",
+        "if (1) {\n        // ",
+        768,
+        RACE,
+    ),
+    "a barrier for the wrong row": ("/ THREADS + 1)", "/ THREADS / 2 + 1)", 768, "never reach"),
+    "one buffer for every row": ("row += stride, turn ^= 1", "row += stride", 768, RACE),
+    "no barrier between groups": (
+        "}\n            __syncthreads();\n            for",
+        "}\n            for",
+        768,
+        RACE,
+    ),
+    "one buffer for both sums of groups": (
+        "partial[c] = sum;\n            }\n            __syncthreads();",
+        "partial[c] = sum;\n            }",
+        768,
+        RACE,
+    ),
     "no barrier in the last sum": ("= sum;\n    __syncthreads();", "= sum;", 768, RACE),
     "one buffer for both sums": ("rest, shared[1])", "rest, shared[0])", 8200, RACE),
     "one buffer for every long row": (
@@ -373,7 +390,7 @@ def test_memory_is_read_and_written_in_the_widest_accesses(
         if plan.FORWARD:  # reads x, branch, γ, β; writes y, stream; mean and rstd
             expected = {f"LDG.{x}", f"LDG.{w}", f"STG.{y}", "STG.E"}
             expected |= {f"LDG.{b}", f"STG.{x}"} if branch else set()
-        else:  # reads x, dy, γ, dstream, mean, rstd; writes dx, dbranch, and Σ dγ, Σ dβ in fp32
+        else:  # reads x, dy, γ, dstream, mean, rstd; writes dx, dbranch, and a block's Σ dγ, Σ dβ
             expected = {f"LDG.{x}", f"LDG.{y}", f"LDG.{w}", "LDG.E"}
-            expected |= {f"STG.{x}", f"STG.{b}", "STG.E.128"}
+            expected |= {f"STG.{x}", f"STG.{b}", "STG.E"}
         assert accesses == expected, plan

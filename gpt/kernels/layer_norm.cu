@@ -4,7 +4,8 @@
 //   C                   features a row
 //   VEC                 elements an access: 1, 2, 4 or 8; divides C, and every pointer is aligned to it
 //   THREADS             threads a row, a multiple of 32
-//   ROWS                rows a block at a time; in forward 1 unless THREADS is 32
+//   ROWS                rows a block at a time; in forward 1 unless THREADS is 32, in
+//                       backward 15 at most unless THREADS is 32
 //   BLOCKS              blocks that a multiprocessor must have registers for at once
 //   CACHED              1: a thread holds its part of the row in registers; 0: it reads it again
 //   X_T B_T Y_T W_T     float, bf16 or fp16: the stream, the branch, the output, the weights
@@ -134,24 +135,25 @@ __device__ inline void store(T* p, const float (&v)[VEC]) {
 
 // The sums of a and b over the threads of a row, the same in each of them.
 constexpr int WARPS = THREADS / 32;
-__device__ inline void row_sum(float& a, float& b, float (*shared)[2]) {
+__device__ inline void row_sum(float& a, float& b, float2* shared) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
         a += __shfl_xor_sync(0xffffffffu, a, step);
         b += __shfl_xor_sync(0xffffffffu, b, step);
     }
     if (WARPS == 1) return;
-    if (threadIdx.x % 32 == 0) {
-        const int warp = threadIdx.x % THREADS / 32;
-        shared[warp][0] = a;
-        shared[warp][1] = b;
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x % THREADS / 32] = make_float2(a, b);
+    if (ROWS == 1) {
+        __syncthreads();
+    } else {  // the threads of this row alone: the block's other rows need not wait for it
+        asm volatile("barrier.sync %0, %1;"
+                     :: "r"(threadIdx.x / THREADS + 1), "n"(THREADS) : "memory");
     }
-    __syncthreads();
     a = b = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
-        a += shared[w][0];
-        b += shared[w][1];
+        a += shared[w].x;
+        b += shared[w].y;
     }
 }
 
@@ -172,7 +174,7 @@ constexpr bool EVEN = C % (THREADS * VEC) == 0;  // else the last access may rea
 extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_forward(
     const X_T* x, const B_T* branch, const W_T* weight, const W_T* bias, Y_T* y, X_T* stream,
     float* mean, float* rstd, i64 n_rows, float eps) {
-    __shared__ float shared[2][WARPS][2];
+    __shared__ float2 shared[2][WARPS];
     const int lane = threadIdx.x % THREADS;
     const i64 row = (i64)blockIdx.x * ROWS + threadIdx.x / THREADS;
     if (row >= n_rows) return;
@@ -250,96 +252,95 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
 
 #else
 
+template <typename A, typename B> constexpr bool SAME = false;
+template <typename T> constexpr bool SAME<T, T> = true;
+
 // dx = rstd (g − mean(g) − x̂ mean(g x̂)) + dstream, where g = dy weight and x̂ = (x − mean) rstd;
-// dbranch is the same, rounded to the branch's type, unless it is null.
+// dbranch is the same, rounded to B_T, where that is another type.
 
 #if CACHED
 
-// Persistent: block b takes ROWS rows at a time, b·ROWS, (b + gridDim.x)·ROWS, … and leaves its
-// share of Σ dy x̂ and Σ dy in partial[b][0] and partial[b][1], (gridDim.x, 2, C) in fp32.
+// Persistent: the block's ROWS groups of THREADS threads take a row each, and go on to further ones
+// without waiting for each other. Block b leaves the sums of its rows' dy x̂ and dy in partial[b][0]
+// and partial[b][1], (gridDim.x, 2, C) in fp32.
 extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_backward(
     const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight, const float* mean,
     const float* rstd, X_T* dx, B_T* dbranch, float* partial, i64 n_rows) {
-    __shared__ float shared[2][ROWS][WARPS][2];
-    __shared__ float sums[2][ROWS > 1 ? HELD * VEC : 1][THREADS];  // lane by lane: a bank for each
+    __shared__ float2 shared[2][ROWS][WARPS];
     const int lane = threadIdx.x % THREADS, group = threadIdx.x / THREADS;
-    float dgamma[HELD][VEC] = {}, dbeta[HELD][VEC] = {};
     const int stride = gridDim.x * ROWS;
+    float dgamma[HELD][VEC] = {}, dbeta[HELD][VEC] = {};
     int turn = 0;  // two buffers, so that one barrier a row is enough
-    for (i64 first = (i64)blockIdx.x * ROWS; first < n_rows; first += stride, turn ^= 1) {
-        const i64 row = first + group;
-        const bool is_row = row < n_rows;  // the last rows may be fewer than ROWS
-        const float mu = is_row ? mean[row] : 0.0f, scale = is_row ? rstd[row] : 0.0f;
+    for (i64 row = (i64)blockIdx.x * ROWS + group; row < n_rows; row += stride, turn ^= 1) {
+        const float mu = mean[row], scale = rstd[row];
         float x_hat[HELD][VEC], g[HELD][VEC];
         Pack<X_T> more[HELD];
         float sum_g = 0.0f, sum_gx = 0.0f;
-        if (is_row) {
-            EACH_ACCESS {
-                load(x + row * C + c, x_hat[h]);
-                load(dy + row * C + c, g[h]);
-                if (BRANCH) more[h] = read(dstream + row * C + c);  // else its wait came after
-            }
-            EACH_ACCESS {
-                float w[VEC];
-                load(weight + c, w);  // out of the cache: there is no register left to keep it
+        EACH_ACCESS {
+            load(x + row * C + c, x_hat[h]);
+            load(dy + row * C + c, g[h]);
+            if (BRANCH) more[h] = read(dstream + row * C + c);  // else its wait came after
+        }
+        EACH_ACCESS {
+            float w[VEC];
+            load(weight + c, w);  // out of the cache: there is no register left to keep it
 #pragma unroll
-                for (int i = 0; i < VEC; i++) {
-                    x_hat[h][i] = (x_hat[h][i] - mu) * scale;
-                    dgamma[h][i] += g[h][i] * x_hat[h][i];
-                    dbeta[h][i] += g[h][i];
-                    g[h][i] *= w[i];
-                    sum_g += g[h][i];
-                    sum_gx += g[h][i] * x_hat[h][i];
-                }
+            for (int i = 0; i < VEC; i++) {
+                x_hat[h][i] = (x_hat[h][i] - mu) * scale;
+                dgamma[h][i] += g[h][i] * x_hat[h][i];
+                dbeta[h][i] += g[h][i];
+                g[h][i] *= w[i];
+                sum_g += g[h][i];
+                sum_gx += g[h][i] * x_hat[h][i];
             }
         }
         row_sum(sum_g, sum_gx, shared[turn][group]);
         const float mean_g = sum_g * (1.0f / C), mean_gx = sum_gx * (1.0f / C);
-        if (is_row) EACH_ACCESS {
+        EACH_ACCESS {
             float out[VEC], add[VEC];
             if (BRANCH) unpack(more[h], add);
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
-                out[i] = (g[h][i] - mean_g - x_hat[h][i] * mean_gx) * scale;
+                out[i] = (g[h][i] - (x_hat[h][i] * mean_gx + mean_g)) * scale;
                 if (BRANCH) out[i] += add[i];
             }
             store(dx + row * C + c, out);
-            if (dbranch) store(dbranch + row * C + c, out);
+            if (!SAME<X_T, B_T>) store(dbranch + row * C + c, out);
         }
     }
-    // The groups of the block one after the other, so that the order is always the same.
     partial += (i64)blockIdx.x * 2 * C;
-    for (int next = 0; next < ROWS; next++) {
-        if (group == next) EACH_ACCESS {
-            if (next > 0) {
-#pragma unroll
-                for (int i = 0; i < VEC; i++) {
-                    dgamma[h][i] += sums[0][h * VEC + i][lane];
-                    dbeta[h][i] += sums[1][h * VEC + i][lane];
-                }
-            }
-            if (next == ROWS - 1) {
-                store(partial + c, dgamma[h]);
-                store(partial + C + c, dbeta[h]);
-            } else {
-#pragma unroll
-                for (int i = 0; i < VEC; i++) {
-                    sums[0][h * VEC + i][lane] = dgamma[h][i];
-                    sums[1][h * VEC + i][lane] = dbeta[h][i];
-                }
-            }
+    if constexpr (ROWS == 1) {
+        EACH_ACCESS {
+            store(partial + c, dgamma[h]);
+            store(partial + C + c, dbeta[h]);
         }
-        if (ROWS > 1) __syncthreads();
+    } else {
+        __shared__ float sums[ROWS][C];
+#pragma unroll
+        for (int which = 0; which < 2; which++, partial += C) {
+            EACH_ACCESS {
+#pragma unroll
+                for (int i = 0; i < VEC; i++) sums[group][c + i] = (which ? dbeta : dgamma)[h][i];
+            }
+            __syncthreads();
+            for (int c = threadIdx.x; c < C; c += THREADS * ROWS) {
+                float sum = 0.0f;
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) sum += sums[r][c];  // always in the same order
+                partial[c] = sum;
+            }
+            __syncthreads();
+        }
     }
 }
 
 #else
 
 // Rows too long for registers are read twice, a row a block at a time.
-extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) layer_norm_backward(
     const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight, const float* mean,
     const float* rstd, X_T* dx, B_T* dbranch, float*, i64 n_rows) {
-    __shared__ float shared[2][WARPS][2];
+    __shared__ float2 shared[2][WARPS];
     const int lane = threadIdx.x;
     int turn = 0;
     for (i64 row = blockIdx.x; row < n_rows; row += gridDim.x, turn ^= 1) {
@@ -376,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(
                 if (BRANCH) out[i] += more[i];
             }
             store(dx + row * C + c, out);
-            if (dbranch) store(dbranch + row * C + c, out);
+            if (!SAME<X_T, B_T>) store(dbranch + row * C + c, out);
         }
     }
 }

@@ -22,11 +22,11 @@ from gpt.kernels import nvrtc
 SOURCE = (Path(__file__).parent / "layer_norm.cu").read_text(encoding="utf-8")
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NUMBERS = {float: c_float, int: c_longlong}  # what a kernel takes beside pointers
-HELD = 32  # floats of a row that a thread holds; past that it spills or stalls the multiprocessor
-HELD_BY_A_WARP = 56  # a warp that has a row for itself needs no barrier, which pays for more
-# Threads of a backward block at most: with two blocks a multiprocessor has 64 registers a thread,
-# enough for 8 floats of a row with their gradients and sums; with one 128, enough for 16.
-BLOCK = 512
+LONGEST = 8192  # features of a row that is held in registers; a longer one is read twice
+# Elements of a row that a backward thread holds, with their gradients and sums; threads of a block,
+# blocks of a multiprocessor: as many as have the registers for it.
+HELD = ((8, 384, 2), (8, 480, 2), (16, 256, 2), (24, 256, 2), (32, 128, 3), (56, 128, 2))
+ON_THEIR_WAY = 40_000  # bytes of rows that a multiprocessor must have asked for to be kept busy
 
 
 class Plan(NamedTuple):
@@ -78,22 +78,36 @@ class Kind(NamedTuple):
         flags = (self.BRANCH, self.BIAS, forward)
         return Plan(self.C, self.vec(), threads, rows, blocks, cached, *types, *flags)
 
+    def threads(self, held: int) -> int:
+        """As many, in whole warps, as hold a row with `held` elements each."""
+        return -(-self.C // (32 * held)) * 32
+
     def forward(self) -> Plan:
-        """A warp a row where that fits, else as few warps as do; past them rows are read again."""
-        for threads in (32, 64, 128, 256, 512):
-            held = -(-self.C // (threads * self.vec())) * self.vec()
-            if held <= (HELD_BY_A_WARP if threads == 32 else HELD):
-                return self.plan(threads, 4 if threads == 32 else 1, 1, True, forward=True)
-        return self.plan(512, 1, 1, False, forward=True)
+        """A thread makes four accesses to a row: with more, too few threads wait at once."""
+        threads = min(512, self.threads(max(8, 4 * self.vec())))
+        rows = 2 if threads == 32 else 1
+        blocks = 2 if threads > 256 else 1
+        return self.plan(threads, rows, blocks, self.C <= LONGEST, forward=True)
 
     def backward(self) -> Plan:
-        """8 floats a thread, or 16, and as many rows as a block has threads for; past them rows
-        are read again."""
-        for held, blocks in ((8, 2), (16, 1)):
-            threads = -(-self.C // (held * 32)) * 32
-            if threads <= BLOCK:
-                return self.plan(threads, BLOCK // threads, blocks, True, forward=False)
-        return self.plan(BLOCK, 1, 2, False, forward=False)
+        """The first of HELD that has enough bytes on their way, or else the one that has most."""
+        if self.C > LONGEST:
+            return self.plan(512, 1, 2, False, forward=False)
+        if self.C > 4096:  # a block has registers for one row
+            return self.plan(self.threads(16), 1, 1, True, forward=False)
+        X, dy = self.X_T.itemsize, self.Y_T.itemsize
+        row = self.C * (X + dy + X * self.BRANCH)
+
+        def on_their_way(plan: Plan) -> int:
+            return plan.BLOCKS * plan.ROWS * row
+
+        plans = [
+            self.plan(threads, block // threads, blocks, True, forward=False)
+            for held, block, blocks in HELD
+            if (threads := self.threads(held)) <= block
+        ]
+        enough = (plan for plan in plans if on_their_way(plan) >= ON_THEIR_WAY)
+        return next(enough, max(plans, key=on_their_way))
 
 
 @cache
@@ -252,9 +266,9 @@ def launch(
 ) -> None:
     """Queue a kernel on torch's current stream. Tensors go as pointers, None as a null pointer."""
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    types = tuple(NUMBERS.get(type(a), c_void_p) for a in arguments)
+    types = tuple([NUMBERS.get(type(a), c_void_p) for a in arguments])
     values = tuple(
-        a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments
+        [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
     )
     with torch.cuda.device(device):
         nvrtc.make_current(device.index)
