@@ -137,20 +137,33 @@ def bytes_moved(precision: str, direction: str, residual: bool) -> int:
     return 2 * stream + other + residual * (stream + (other if other != stream else 0))
 
 
-def warm() -> None:
-    """Holds the device for half a millisecond, in which the host queues what is timed: else a
-    kernel of 10 µs would be timed by the 50 and more that Python takes to launch it."""
-    torch.cuda._sleep(1_000_000)  # clock cycles
+HOLDS = (1_000_000, 4_000_000, 16_000_000)  # clock cycles: half a millisecond and more
 
 
-def cold(flush: Tensor) -> None:
-    flush.amax()  # read, not written: what is written goes to memory while others are timed
-    warm()
+def held(call: Callable[[], Any], flush: Tensor | None = None) -> float:
+    """Milliseconds that a call takes on the device; where `flush` is given, with a cold cache.
+
+    The device is held while the host queues the call, which for a kernel of 10 µs takes Python 50
+    and more: longer, where the host was not in time. What waits for the device by itself never is.
+    """
+    for cycles in HOLDS:
+        if flush is not None:
+            flush.amax()  # read, not written: what is written goes to memory while others are timed
+        torch.cuda._sleep(cycles)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        late = start.query()
+        end.synchronize()
+        if not late:
+            break
+    return start.elapsed_time(end)
 
 
-def time_once(call: Callable[[], Any], before: Callable[[], None]) -> float:
-    """Milliseconds between what `before` has queued and the end of the call, on the device."""
-    before()
+def from_idle(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call from an idle device on, with the time that the host takes."""
+    torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -160,16 +173,16 @@ def time_once(call: Callable[[], Any], before: Callable[[], None]) -> float:
 
 
 def medians(
-    calls: dict[str, Callable[[], Any]], before: Callable[[], None], repeats: int = REPEATS
+    calls: dict[str, Callable[[], Any]], timed: Callable[[Callable[[], Any]], float]
 ) -> dict[str, float]:
     """The median time of each call, taken in turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(5):
         for call in calls.values():
             call()
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         for name, call in calls.items():
-            times[name].append(time_once(call, before))
+            times[name].append(timed(call))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -177,7 +190,7 @@ def copy_bandwidth() -> float:
     """Bytes a millisecond that a copy of 1 GiB reads and writes."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / medians({"copy": lambda: target.copy_(source)}, warm)["copy"]
+    return 2 * source.numel() / medians({"copy": lambda: target.copy_(source)}, held)["copy"]
 
 
 def driver_version() -> str:
@@ -219,9 +232,9 @@ def measure(
         forward[name] = run
         backward[name] = partial(back, outputs, inputs, gradients)
     return {
-        (direction, state): medians(calls, before)
+        (direction, state): medians(calls, timed)
         for direction, calls in (("forward", forward), ("backward", backward))
-        for state, before in (("cold", partial(cold, flush)), ("warm", warm))
+        for state, timed in (("cold", partial(held, flush=flush)), ("warm", held))
     }
 
 
@@ -280,9 +293,9 @@ def measure_blocks() -> list[dict[str, Any]]:
             for compiled in (False, True)
             for name, norm in (("ours", CudaLayerNorm), ("native", LayerNorm))
         }
-        python = medians(steps, torch.cuda.synchronize)
+        python = medians(steps, from_idle)
         graphs = {name: captured(step) for name, step in steps.items()}
-        graph = medians(graphs, torch.cuda.synchronize)
+        graph = medians(graphs, from_idle)
         rows.append({"C": 64 * n_head, "python_ms": python, "graph_ms": graph})
         print(f"two blocks of C={64 * n_head}, by Python: {described(python)}")
         print(f"two blocks of C={64 * n_head}, by a graph: {described(graph)}")

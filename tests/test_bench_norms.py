@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,34 @@ def test_the_benchmark_s_table_and_plot_hold_what_was_measured(
     assert "ours 50.0µs 0.90 2.00×" in bench.describe(rows[0])
     bench.draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_call_that_the_host_queued_too_late_is_timed_again(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the host's time would pass for the device's."""
+    log: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            log.append("event")
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def query(self) -> bool:  # the device is there already, unless it was held for long
+            return log[-3] < 4_000_000
+
+        def elapsed_time(self, end: Event) -> float:
+            return 0.25
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", log.append)
+    calls: list[str] = []
+    assert bench.held(lambda: calls.append("call")) == 0.25
+    assert [entry for entry in log if entry != "event"] == [1_000_000, 4_000_000]
+    assert len(calls) == 2
 
 
 def test_without_a_gpu_the_benchmark_says_so_in_one_line() -> None:

@@ -312,7 +312,9 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, branch, weight, bias, eps, dtype):  # type: ignore[no-untyped-def]
-        y, stream, mean, rstd = torch.ops.gpt_norms.layer_norm(x, branch, weight, bias, eps, dtype)
+        y, stream, mean, rstd = torch.ops.gpt_norms.layer_norm.default(
+            x, branch, weight, bias, eps, dtype
+        )
         ctx.save_for_backward(x if branch is None else stream, weight, mean, rstd)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.branch_dtype = None if branch is None else branch.dtype
@@ -328,7 +330,7 @@ class AddNorm(torch.autograd.Function):
         if dy is None:
             dbranch = None if dstream is None else dstream.to(ctx.branch_dtype)
             return dstream, dbranch, None, None, None, None
-        dx, dbranch, dweight, dbias = torch.ops.gpt_norms.layer_norm_backward(
+        dx, dbranch, dweight, dbias = torch.ops.gpt_norms.layer_norm_backward.default(
             dy, dstream, x, weight, mean, rstd, ctx.bias_dtype is not None, ctx.branch_dtype
         )
         if ctx.branch_dtype is None:
