@@ -25,6 +25,7 @@ from gpt.kernels.layer_norm import Plan
 LANES = 1 << 15  # how many run at once, in whole blocks
 WAITS, DONE = 1 << 20, 1 << 30  # added to the next instruction of a lane
 NOBODY = 0  # lanes count from 1
+BARRIERS = 16  # of a block
 
 
 class Fault(AssertionError):
@@ -91,18 +92,32 @@ def dtype(name: str) -> Any:
 
 
 class Memory:
-    """The items of an array, which begins at an address; which lane has written each of them, and
-    the first and the last of those that have read it, since barriers that these have passed."""
+    """The items of an array, which begins at an address. Of each: the lane that wrote it last, the
+    first and the last of those that have read it since, and which lanes in a row have met at a
+    barrier since the one and the other: these alone may go on with it."""
 
     def __init__(self, base: int, items: Any) -> None:
         self.base, self.items = base, items
         self.writer, self.first, self.last = (np.zeros(len(items), np.int32) for _ in range(3))
+        self.met: Any = None  # from lane and to lane, since it was written, since it was read
 
-    def forget(self, passed: Any) -> None:
-        """`passed[lane]`: the last of the lanes, in a row, with which it met at a barrier, or 0."""
-        self.writer[passed[self.writer] != NOBODY] = NOBODY
-        met = passed[self.first] >= self.last
-        self.first[met] = self.last[met] = NOBODY
+    def meet(self, start: Any, end: Any) -> None:
+        """`start[lane]` and `end[lane]`: with which lanes it has just met, or NOBODY."""
+        if self.met is None:
+            self.met = np.zeros((4, len(self.items)), np.int32)
+        for since, until, low, high in (
+            (self.writer, self.writer, *self.met[:2]),
+            (self.first, self.last, *self.met[2:]),
+        ):
+            more = (start[since] != NOBODY) & (until <= end[since])
+            more &= (low == NOBODY) | (start[since] <= low) & (high <= end[since])
+            low[more], high[more] = start[since][more], end[since][more]
+
+    def strangers(self, at: Any, me: Any, since: int) -> Any:
+        """Whether the lane has not met those that wrote (since=0) or read (2) the item."""
+        if self.met is None:
+            return np.ones(at.shape, bool)
+        return (me < self.met[since][at]) | (self.met[since + 1][at] < me)
 
     def find(self, addresses: Any, size: int) -> Any:
         if (addresses % size).any():
@@ -116,23 +131,30 @@ class Memory:
     def read(self, addresses: Any, size: int, lanes: Any) -> Any:
         at = self.find(addresses, size)
         me = np.broadcast_to(lanes[:, None], at.shape)
-        if ((self.writer[at] != NOBODY) & (self.writer[at] != me)).any():
+        writer = self.writer[at]
+        if ((writer != NOBODY) & (writer != me) & self.strangers(at, me, 0)).any():
             raise Fault("read what another thread wrote, without a barrier")
         # Lanes ascend; of several that are assigned to one place the last remains.
         self.last[at] = np.maximum(self.last[at], me)
-        at, me = at[::-1], me[::-1]
-        first = self.first[at]
-        self.first[at] = np.where(first == NOBODY, me, np.minimum(first, me))
-        return self.items[at[::-1]]
+        backward, me = at[::-1], me[::-1]
+        first = self.first[backward]
+        self.first[backward] = np.where(first == NOBODY, me, np.minimum(first, me))
+        if self.met is not None:
+            self.met[2:, at] = NOBODY
+        return self.items[at]
 
     def write(self, addresses: Any, values: Any, lanes: Any) -> None:
         at, me = self.find(addresses, values.shape[1] * values.itemsize), lanes[:, None]
-        for others in (self.first[at], self.last[at], self.writer[at]):
-            if ((others != NOBODY) & (others != me)).any():
+        for others, since in ((self.first, 2), (self.last, 2), (self.writer, 0)):
+            other = others[at]
+            if ((other != NOBODY) & (other != me) & self.strangers(at, me, since)).any():
                 raise Fault("wrote where another thread was, without a barrier")
         self.writer[at] = me
         if (self.writer[at] != me).any():
             raise Fault("several threads wrote to one place")
+        self.first[at] = self.last[at] = NOBODY
+        if self.met is not None:
+            self.met[:, at] = NOBODY
         self.items[at] = values.view(self.items.dtype)
 
 
@@ -220,17 +242,20 @@ class Blocks:
         """Each barrier at which as many threads of a block wait as it wants lets them go on."""
         waiting = np.flatnonzero(self.next < DONE)
         block = waiting // self.threads
-        barrier, wanted = self.barrier[waiting] + 16 * block, self.wanted[waiting]
+        barrier, wanted = self.barrier[waiting] + BARRIERS * block, self.wanted[waiting]
         full = np.bincount(barrier)[barrier] == wanted
         if not np.isin(block, block[full]).all():
             raise Fault("a barrier that some threads of the block never reach")
-        waiting, barrier = waiting[full], barrier[full]
+        waiting, barrier, wanted = waiting[full], barrier[full], wanted[full]
         self.next[waiting] -= WAITS
-        last = np.zeros(barrier.max() + 1, np.int64)
+        first, last = np.zeros((2, barrier.max() + 1), np.int64)
         last[barrier] = self.names[waiting]
-        passed = np.zeros(self.names[-1] + 1, np.int64)
-        passed[self.names[waiting]] = last[barrier]
-        self.shared.forget(passed)
+        first[barrier[::-1]] = self.names[waiting[::-1]]
+        if (last[barrier] - first[barrier] + 1 != wanted).any():
+            raise Fault("a barrier of threads that do not stand in a row")
+        start, end = np.zeros((2, self.names[-1] + 1), np.int64)
+        start[self.names[waiting]], end[self.names[waiting]] = first[barrier], last[barrier]
+        self.shared.meet(start, end)
 
     def step(self, instruction: Instruction) -> None:
         name, operands = instruction.name, instruction.operands
@@ -246,8 +271,10 @@ class Blocks:
                 self.next[self.lanes] = DONE
             case ["bar" | "barrier", "sync"]:
                 number, *threads = (self.get(operand, "u32") for operand in operands)
-                self.barrier[self.lanes] = number
-                self.wanted[self.lanes] = threads[0] if threads else self.threads
+                wanted = np.asarray(threads[0] if threads else self.threads)
+                if (number >= BARRIERS).any() or (wanted % 32).any():
+                    raise Fault("no such barrier")
+                self.barrier[self.lanes], self.wanted[self.lanes] = number, wanted
                 self.next[self.lanes] += WAITS
             case ["ld", "param", kind]:
                 value = self.arguments[operands[1][1:-1]]

@@ -63,7 +63,8 @@ def test_every_kernel_compiles_without_spills_and_within_its_registers(C: int, a
             entry = log[log.index(f"'layer_norm_{direction}'") :]
             registers = int(re.search(r"Used (\d+) registers", entry)[1])  # type: ignore[index]
             threads = plan.THREADS * plan.ROWS
-            blocks = min(65_536 // (-(-registers // 8) * 8 * threads), 2048 // threads)
+            warps = 65_536 // (-(-registers // 8) * 8 * 32) // 4 * 4  # have registers
+            blocks = min(32 * warps, 2048) // threads
             assert blocks >= plan.BLOCKS, f"{plan}: {registers} registers"
             if direction == "backward":  # as many as are launched
                 blocks = plan.BLOCKS
@@ -83,6 +84,9 @@ def test_plans_are_valid(C: int, dtypes: tuple[torch.dtype, ...]) -> None:
             assert plan.THREADS % 32 == 0
             assert plan.ROWS == 1 or plan.THREADS == 32 or not plan.FORWARD
             assert plan.THREADS * plan.ROWS * plan.BLOCKS <= 1024
+            assert plan.ROWS <= 15 or plan.THREADS == 32  # of 16 barriers one is for all
+            assert plan.BLOCKS <= 4  # each takes all 16; a multiprocessor has 64
+            assert plan.ROWS * C * 4 < 48_000 or plan.ROWS == 1  # bytes of shared memory
             assert plan.CACHED or C > 8192  # else rows are read twice
             if plan.CACHED:
                 assert -(-C // (plan.THREADS * plan.VEC)) * plan.VEC <= 56
@@ -289,6 +293,7 @@ def test_the_gradient_sums_have_one_order_whatever_the_number_of_blocks_is(
 
 
 RACE = "without a barrier"
+ONE_ROW = 'asm volatile("barrier.sync %0, %1;" :: "r"(group + 1), "n"(THREADS) : "memory");'
 # A place in the kernel, what stands there instead, the width at which that goes wrong, and how.
 MUTANTS = {
     "unbiased variance": ("square * (1.0f / C) -", "square * (1.0f / (C - 1)) -", 768, ""),
@@ -319,6 +324,7 @@ MUTANTS = {
         RACE,
     ),
     "a barrier for the wrong row": ("/ THREADS + 1)", "/ THREADS / 2 + 1)", 768, "never reach"),
+    "a barrier that does not exist": ("/ THREADS + 1)", "/ THREADS + 13)", 768, "no such barrier"),
     "one buffer for every row": ("row += stride, turn ^= 1", "row += stride", 768, RACE),
     "no barrier between groups": (
         "}\n            __syncthreads();\n            for",
@@ -329,6 +335,18 @@ MUTANTS = {
     "one buffer for both sums of groups": (
         "partial[c] = sum;\n            }\n            __syncthreads();",
         "partial[c] = sum;\n            }",
+        768,
+        RACE,
+    ),
+    "a barrier of one group between groups": (
+        "}\n            __syncthreads();\n            for",
+        f"}}\n            {ONE_ROW}\n            for",
+        768,
+        RACE,
+    ),
+    "a barrier of one group for both sums": (
+        "partial[c] = sum;\n            }\n            __syncthreads();",
+        f"partial[c] = sum;\n            }}\n            {ONE_ROW}",
         768,
         RACE,
     ),

@@ -24,8 +24,8 @@ TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NUMBERS = {float: c_float, int: c_longlong}  # what a kernel takes beside pointers
 LONGEST = 8192  # features of a row that is held in registers; a longer one is read twice
 # Elements of a row that a backward thread holds, with their gradients and sums; threads of a block,
-# blocks of a multiprocessor: as many as have the registers for it.
-HELD = ((8, 384, 2), (8, 480, 2), (16, 256, 2), (24, 256, 2), (32, 128, 3), (56, 128, 2))
+# blocks of a multiprocessor: as many as have the registers for it, and four blocks at most.
+HELD = ((8, 384, 2), (8, 480, 2), (16, 256, 2), (16, 512, 1), (24, 256, 2), (32, 128, 3))
 ON_THEIR_WAY = 40_000  # bytes of rows that a multiprocessor must have asked for to be kept busy
 
 
@@ -93,8 +93,6 @@ class Kind(NamedTuple):
         """The first of HELD that has enough bytes on their way, or else the one that has most."""
         if self.C > LONGEST:
             return self.plan(512, 1, 2, False, forward=False)
-        if self.C > 4096:  # a block has registers for one row
-            return self.plan(self.threads(16), 1, 1, True, forward=False)
         X, dy = self.X_T.itemsize, self.Y_T.itemsize
         row = self.C * (X + dy + X * self.BRANCH)
 
