@@ -1,9 +1,10 @@
 """LayerNorm kernels side by side on this GPU: python scripts/bench_norms.py [OUT_DIR]
 
 Forward and backward of N rows of C features, with and without the residual add, cold (the L2 cache
-flushed before each call) and warm, by this project's kernel and every peer that imports. Each row
-alternates between the kernels (A B C A B C …) and prints medians: time, bandwidth as a share of a
-copy measured in the same run, and the ratio to F.layer_norm. Then whole GPT-2 blocks, forward and
+flushed before each call) and warm, by this project's kernel and every peer that imports, in turns.
+Prints medians: time, bandwidth as a share of a copy measured in the same run, and the ratio to
+F.layer_norm. Only ours and the compiled one fuse the residual add and autocast's cast; the others
+have torch's beside them, as their public functions need. Then whole GPT-2 blocks, forward and
 backward under autocast, with each LayerNorm, as written and compiled: under torch.compile a kernel
 of one's own keeps Inductor from fusing its neighbours, so only blocks tell. Writes bench_norms.json
 and bench_norms.png.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -144,7 +146,8 @@ def held(call: Callable[[], Any], flush: Tensor | None = None) -> float:
     """Milliseconds that a call takes on the device; where `flush` is given, with a cold cache.
 
     The device is held while the host queues the call, which for a kernel of 10 µs takes Python 50
-    and more: longer, where the host was not in time. What waits for the device by itself never is.
+    and more: longer, where the host was not in time. RuntimeError where it never is, as with a call
+    that waits for the device by itself: its time would be the host's.
     """
     for cycles in HOLDS:
         if flush is not None:
@@ -157,8 +160,8 @@ def held(call: Callable[[], Any], flush: Tensor | None = None) -> float:
         late = start.query()
         end.synchronize()
         if not late:
-            break
-    return start.elapsed_time(end)
+            return start.elapsed_time(end)
+    raise RuntimeError("is queued more slowly than the device runs")
 
 
 def from_idle(call: Callable[[], Any]) -> float:
@@ -175,14 +178,17 @@ def from_idle(call: Callable[[], Any]) -> float:
 def medians(
     calls: dict[str, Callable[[], Any]], timed: Callable[[Callable[[], Any]], float]
 ) -> dict[str, float]:
-    """The median time of each call, taken in turns."""
+    """The median time of each call, taken in turns, in another order each: what ran before leaves
+    its lines in the cache."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, rng = list(calls), random.Random(0)
     for _ in range(5):
         for call in calls.values():
             call()
     for _ in range(REPEATS):
-        for name, call in calls.items():
-            times[name].append(timed(call))
+        rng.shuffle(order)
+        for name in order:
+            times[name].append(timed(calls[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -226,6 +232,7 @@ def measure(
             # Some peers have weights of their own.
             back = partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
             back(outputs, inputs, gradients)
+            held(run)
         except Exception as error:  # a peer that cannot do this case is left out of it
             print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,25 +61,34 @@ def test_a_call_that_the_host_queued_too_late_is_timed_again(
     log: list[Any] = []
 
     class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            log.append("event")
+        def __init__(self, enable_timing: bool) -> None: ...
 
-        def record(self) -> None: ...
+        def record(self) -> None:
+            log.append(self)
 
-        def synchronize(self) -> None: ...
+        def synchronize(self) -> None:
+            log.append("waited")
 
-        def query(self) -> bool:  # the device is there already, unless it was held for long
-            return log[-3] < 4_000_000
+        def query(self) -> bool:
+            """Whether the device is here: at the first event, unless held for a while, when the
+            call and the second are queued; at the end after waiting."""
+            held, start, *queued, _ = log[-4:]
+            return "waited" in queued or self is not start or held < enough
 
         def elapsed_time(self, end: Event) -> float:
             return 0.25
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", log.append)
-    calls: list[str] = []
-    assert bench.held(lambda: calls.append("call")) == 0.25
-    assert [entry for entry in log if entry != "event"] == [1_000_000, 4_000_000]
-    assert len(calls) == 2
+    flush = SimpleNamespace(amax=lambda: log.append("flush"))
+    enough = 4_000_000
+    assert bench.held(lambda: log.append("call"), flush) == 0.25
+    steps = [entry for entry in log if not isinstance(entry, Event)]
+    once = ["flush", 1_000_000, "call", "waited"]
+    assert steps == [*once, "flush", 4_000_000, "call", "waited"]
+    enough = 10**9
+    with pytest.raises(RuntimeError, match="queued more slowly than the device runs"):
+        bench.held(lambda: log.append("call"))
 
 
 def test_without_a_gpu_the_benchmark_says_so_in_one_line() -> None:
