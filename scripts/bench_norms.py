@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -200,6 +201,8 @@ def copy_bandwidth() -> float:
 
 
 def driver_version() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown: no nvidia-smi"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
 
