@@ -4,10 +4,8 @@ Forward and backward of N rows of C features, with and without the residual add,
 flushed before each call) and warm, by this project's kernel and every peer that imports, in turns.
 Prints medians: time, bandwidth as a share of a copy measured in the same run, and the ratio to
 F.layer_norm. Only ours and the compiled one fuse the residual add and autocast's cast; the others
-have torch's beside them, as their public functions need. Then whole GPT-2 blocks, forward and
-backward under autocast, with each LayerNorm, as written and compiled: under torch.compile a kernel
-of one's own keeps Inductor from fusing its neighbours, so only blocks tell. Writes bench_norms.json
-and bench_norms.png.
+have torch's beside them, as their public functions need. Writes bench_norms.json and
+bench_norms.png. What whole blocks gain: bench_blocks.py.
 """
 
 from __future__ import annotations
@@ -25,15 +23,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt import cli
-from gpt.config import ModelConfig
 from gpt.errors import MissingInput
 from gpt.kernels.layer_norm import add_norm
-from gpt.model import Block, BlockPlan
-from gpt.norms.cuda_layer import CudaLayerNorm
-from gpt.norms.layer import LayerNorm
 
 ROWS = (8192, 65536)
 WIDTHS = (768, 1024, 1280, 1600, 4096)
@@ -165,17 +159,6 @@ def held(call: Callable[[], Any], flush: Tensor | None = None) -> float:
     raise RuntimeError("is queued more slowly than the device runs")
 
 
-def from_idle(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call from an idle device on, with the time that the host takes."""
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
 def medians(
     calls: dict[str, Callable[[], Any]], timed: Callable[[Callable[[], Any]], float]
 ) -> dict[str, float]:
@@ -200,11 +183,15 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / medians({"copy": lambda: target.copy_(source)}, held)["copy"]
 
 
-def driver_version() -> str:
-    if shutil.which("nvidia-smi") is None:
-        return "unknown: no nvidia-smi"
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
+def machine() -> dict[str, str | None]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = shutil.which(query[0]) is not None
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": subprocess.check_output(query, text=True).split("\n")[0] if found else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
 
 
 def measure(
@@ -233,87 +220,23 @@ def measure(
             outputs = [y] if branch is None else [y, total]
             gradients = [torch.randn_like(t) for t in outputs]
             # Some peers have weights of their own.
-            back = partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
-            back(outputs, inputs, gradients)
-            held(run)
+            back = partial(
+                torch.autograd.grad,
+                *(outputs, inputs, gradients),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            held(run), held(back)
         except Exception as error:  # a peer that cannot do this case is left out of it
             print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
         forward[name] = run
-        backward[name] = partial(back, outputs, inputs, gradients)
+        backward[name] = back
     return {
         (direction, state): medians(calls, timed)
         for direction, calls in (("forward", forward), ("backward", backward))
         for state, timed in (("cold", partial(held, flush=flush)), ("warm", held))
     }
-
-
-def block_step(
-    norm: type[nn.Module], n_head: int, compiled: bool, device: str
-) -> Callable[[], Any]:
-    """Forward and backward of two GPT-2 blocks of hs = 64 on (8, 1024, C), under autocast."""
-    config = ModelConfig(n_layer=2, n_head=n_head, n_embd=64 * n_head, block_size=1024, dropout=0.0)
-
-    def make_norm(site: str, width: int) -> nn.Module:
-        return norm(width) if site.endswith(".in") else nn.Identity()
-
-    blocks = nn.ModuleList(Block(config, f"h.{i}", make_norm, BlockPlan()) for i in range(2))
-    blocks.to(device)
-    x = torch.randn(8, 1024, config.n_embd, device=device, requires_grad=True)
-
-    def forward(x: Tensor) -> Tensor:
-        branch = torch.zeros_like(x)
-        for block in blocks:
-            x, branch = block(x, branch)
-        return x + branch
-
-    run = torch.compile(forward) if compiled else forward
-
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16):
-            y = run(x)
-        y.backward(torch.ones_like(y))
-
-    return step
-
-
-def captured(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step as a CUDA graph, whose replay costs the host next to nothing."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def measure_blocks() -> list[dict[str, Any]]:
-    """Steps from an idle device on, launched by Python, and by a graph: what the device takes."""
-    rows = []
-    for n_head in (12, 16, 20, 25):  # GPT-2 small to XL
-        torch._dynamo.reset()
-        steps = {
-            f"{name} {'compiled' if compiled else 'eager'}": block_step(
-                norm, n_head, compiled, "cuda"
-            )
-            for compiled in (False, True)
-            for name, norm in (("ours", CudaLayerNorm), ("native", LayerNorm))
-        }
-        python = medians(steps, from_idle)
-        graphs = {name: captured(step) for name, step in steps.items()}
-        graph = medians(graphs, from_idle)
-        rows.append({"C": 64 * n_head, "python_ms": python, "graph_ms": graph})
-        print(f"two blocks of C={64 * n_head}, by Python: {described(python)}")
-        print(f"two blocks of C={64 * n_head}, by a graph: {described(graph)}")
-    return rows
-
-
-def described(ms: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f} ms" for name, value in ms.items())
 
 
 def main() -> None:
@@ -326,22 +249,12 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     flush = torch.zeros(64 << 20, device="cuda")  # 256 MiB: past any L2 cache
     copy = copy_bandwidth()
-    machine = {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "copy_tb_per_s": copy / 1e9,
-    }
-    print(json.dumps(machine))
+    where = {**machine(), "copy_tb_per_s": copy / 1e9}
+    print(json.dumps(where))
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # else "compiled" would be eager
     norms = {"ours": ours, "native": native, **peers()}
     results: list[dict[str, Any]] = []
-    report: dict[str, Any] = {"machine": machine, "rows": results}
-
-    def save() -> None:  # as it goes: a later failure loses nothing
-        (out / "bench_norms.json").write_text(json.dumps(report, indent=1))
-
+    report: dict[str, Any] = {"machine": where, "rows": results}
     for N in ROWS:
         for C in WIDTHS:
             for precision in PRECISIONS:
@@ -362,10 +275,9 @@ def main() -> None:
                         }
                         results.append(row)
                         print(describe(row))
-            save()
+            # As it goes: a later failure loses nothing.
+            (out / "bench_norms.json").write_text(json.dumps(report, indent=1))
     draw(results, out / "bench_norms.png")
-    report["blocks"] = measure_blocks()
-    save()
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -21,15 +21,11 @@ from torch import Tensor
 
 from gpt.kernels import layer_norm, nvrtc
 from gpt.kernels.layer_norm import Plan
+from tests.ptx_memory import Fault, Memory
 
 LANES = 1 << 15  # how many run at once, in whole blocks
 WAITS, DONE = 1 << 20, 1 << 30  # added to the next instruction of a lane
-NOBODY = 0  # lanes count from 1
 BARRIERS = 16  # of a block
-
-
-class Fault(AssertionError):
-    """What no kernel may do."""
 
 
 class Instruction(NamedTuple):
@@ -89,73 +85,6 @@ def dtype(name: str) -> Any:
     if name == "pred":
         return np.dtype(bool)
     return np.dtype({"b": "u", "s": "i"}.get(name[0], name[0]) + str(int(name[1:]) // 8))
-
-
-class Memory:
-    """The items of an array, which begins at an address. Of each: the lane that wrote it last, the
-    first and the last of those that have read it since, and which lanes in a row have met at a
-    barrier since the one and the other: these alone may go on with it."""
-
-    def __init__(self, base: int, items: Any) -> None:
-        self.base, self.items = base, items
-        self.writer, self.first, self.last = (np.zeros(len(items), np.int32) for _ in range(3))
-        self.met: Any = None  # from lane and to lane, since it was written, since it was read
-
-    def meet(self, start: Any, end: Any) -> None:
-        """`start[lane]` and `end[lane]`: with which lanes it has just met, or NOBODY."""
-        if self.met is None:
-            self.met = np.zeros((4, len(self.items)), np.int32)
-        for since, until, low, high in (
-            (self.writer, self.writer, *self.met[:2]),
-            (self.first, self.last, *self.met[2:]),
-        ):
-            more = (start[since] != NOBODY) & (until <= end[since])
-            more &= (low == NOBODY) | (start[since] <= low) & (high <= end[since])
-            low[more], high[more] = start[since][more], end[since][more]
-
-    def strangers(self, at: Any, me: Any, since: int) -> Any:
-        """Whether the lane has not met those that wrote (since=0) or read (2) the item."""
-        if self.met is None:
-            return np.ones(at.shape, bool)
-        return (me < self.met[since][at]) | (self.met[since + 1][at] < me)
-
-    def find(self, addresses: Any, size: int) -> Any:
-        if (addresses % size).any():
-            raise Fault("misaligned")
-        each = self.items.itemsize
-        found = (addresses - self.base)[:, None] // each + np.arange(size // each)
-        if found.min() < 0 or found.max() >= len(self.items):
-            raise Fault("out of bounds")
-        return found
-
-    def read(self, addresses: Any, size: int, lanes: Any) -> Any:
-        at = self.find(addresses, size)
-        me = np.broadcast_to(lanes[:, None], at.shape)
-        writer = self.writer[at]
-        if ((writer != NOBODY) & (writer != me) & self.strangers(at, me, 0)).any():
-            raise Fault("read what another thread wrote, without a barrier")
-        # Lanes ascend; of several that are assigned to one place the last remains.
-        self.last[at] = np.maximum(self.last[at], me)
-        backward, me = at[::-1], me[::-1]
-        first = self.first[backward]
-        self.first[backward] = np.where(first == NOBODY, me, np.minimum(first, me))
-        if self.met is not None:
-            self.met[2:, at] = NOBODY
-        return self.items[at]
-
-    def write(self, addresses: Any, values: Any, lanes: Any) -> None:
-        at, me = self.find(addresses, values.shape[1] * values.itemsize), lanes[:, None]
-        for others, since in ((self.first, 2), (self.last, 2), (self.writer, 0)):
-            other = others[at]
-            if ((other != NOBODY) & (other != me) & self.strangers(at, me, since)).any():
-                raise Fault("wrote where another thread was, without a barrier")
-        self.writer[at] = me
-        if (self.writer[at] != me).any():
-            raise Fault("several threads wrote to one place")
-        self.first[at] = self.last[at] = NOBODY
-        if self.met is not None:
-            self.met[:, at] = NOBODY
-        self.items[at] = values.view(self.items.dtype)
 
 
 ARITHMETIC: dict[str, Callable[..., Any]] = {

@@ -1,8 +1,8 @@
-"""The benchmark's arithmetic and drawing, which need no GPU."""
+"""What of the benchmarks of the CUDA LayerNorm needs no GPU."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,12 +15,13 @@ from tests.programs import REPO, run_program
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench", REPO / "scripts" / "bench_norms.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("bench_norms")
+
+
+def script(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPO / "scripts")
+        return importlib.import_module(name)
 
 
 @pytest.mark.parametrize(
@@ -91,15 +92,16 @@ def test_a_call_that_the_host_queued_too_late_is_timed_again(
         bench.held(lambda: log.append("call"))
 
 
-def test_without_a_gpu_the_benchmark_says_so_in_one_line() -> None:
+@pytest.mark.parametrize("name", ["bench_norms", "bench_blocks"])
+def test_without_a_gpu_the_benchmarks_say_so_in_one_line(name: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    result = run_program(script="bench_norms")
+    result = run_program(script=name)
     assert result.returncode == 66
-    assert result.stderr == "error: bench_norms needs a CUDA device\n"
+    assert result.stderr == f"error: {name} needs a CUDA device\n"
 
 
-def test_the_blocks_that_are_timed_run(bench: ModuleType) -> None:
+def test_the_blocks_that_are_timed_run() -> None:
     from gpt.norms.layer import LayerNorm
 
-    bench.block_step(LayerNorm, 1, compiled=False, device="cpu")()
+    script("bench_blocks").block_step(LayerNorm, 1, compiled=False, device="cpu")()
