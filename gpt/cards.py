@@ -45,12 +45,12 @@ def bytes_moved(name: str) -> int:
     return 12 if {"B", "T"} & set(norm_class(name).axes) else 8
 
 
-def measure(names: list[str], repeats: int = 7) -> dict[str, float]:
+def measure(names: list[str]) -> dict[str, float]:
     """Milliseconds of forward and backward on SHAPE, fp32, this machine: medians, in turns."""
     norms = {name: example(name, SHAPE[2]) for name in names}
     inputs = {name: torch.randn(SHAPE, device=home(name), requires_grad=True) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(repeats):
+    for _ in range(7):
         for name, norm in norms.items():
             start = time.perf_counter()
             (norm(inputs[name]) * 1.0).sum().backward()

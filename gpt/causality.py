@@ -52,9 +52,8 @@ class Sight:
 
 @torch.no_grad()
 def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int, dtype: str) -> Sight:
-    """Change the first, third or last of four samples from its first token on, its second, its
-    middle or its last (a norm may look at a part of the batch alone), and see which other outputs
-    change.
+    """Change one of four samples (the first, third or last: a norm may look at a part of the batch
+    alone) from its first, second, middle or last token on, and see which other outputs change.
 
     Once as at the first training step and once as at the last, since some norms change on the way;
     in training with gradients on, as there; in the run's `dtype`, since other kernels may be at

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from gpt.config import DataConfig
+from gpt.config import DataConfig, check_choice
 from gpt.errors import ConfigError, DataError, MissingInput, UserError, nearest
 
 Document = tuple[str, str]  # ("train" | "val", text)
@@ -43,11 +43,7 @@ class Corpus:
 
 def open_corpus(cfg: DataConfig) -> Corpus:
     """The corpus that `data=` names, or the one-line error with the nearest name."""
-    if cfg.name not in CORPORA:
-        expected = ", ".join(CORPORA)
-        raise ConfigError(
-            f"data.name={cfg.name}: expected one of {expected}{nearest(cfg.name, CORPORA)}"
-        )
+    check_choice("data.name", cfg.name, tuple(CORPORA))
     return CORPORA[cfg.name](cfg)
 
 

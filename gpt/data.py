@@ -22,12 +22,12 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from gpt import tokenizer as tokenizers
 from gpt.config import Config
 from gpt.corpus import Corpus, digest, open_corpus
 from gpt.distributed import share
 from gpt.errors import DataError
 from gpt.seeds import stream_seed
+from gpt.tokenizer import fingerprint, load_tokenizer, make_tokenizer, save_tokenizer, separator
 
 # Token files land in data/ beside the sources, or where GPT_DATA says.
 ROOT = Path(os.environ.get("GPT_DATA", Path(__file__).resolve().parent.parent / "data"))
@@ -95,7 +95,7 @@ def prepare(cfg: Config) -> Data:
                     os.replace(temporary, folder)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)  # of one that was refused
-    tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
     train, val = (open_tokens(folder / f"{split}.bin") for split in ("train", "val"))
     for tokens in (train, val):
         need = cfg.model.block_size + 1
@@ -116,8 +116,8 @@ def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
     """Tokenize `corpus` into a new folder."""
     folder.mkdir()
     training = (text for split, text in corpus.documents() if split == "train")
-    tokenizer = tokenizers.make_tokenizer(tokenizer_name, training)
-    between = tokenizers.separator(tokenizer) if corpus.separate else []
+    tokenizer = make_tokenizer(tokenizer_name, training)
+    between = separator(tokenizer) if corpus.separate else []
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
     sha256 = hashlib.sha256()
     with ExitStack() as stack:
@@ -140,7 +140,7 @@ def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
                 n_bytes=n_bytes[split],
                 vocab_size=tokenizer.n_vocab,
                 tokenizer=tokenizer.name,
-                fingerprint=tokenizers.fingerprint(tokenizer),
+                fingerprint=fingerprint(tokenizer),
                 corpus_sha256=sha256.hexdigest(),
             )
             content = MAGIC + json.dumps(asdict(header)).encode()
@@ -148,7 +148,7 @@ def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
             file.write(content.ljust(HEADER_BYTES - 1) + b"\n")
             file.flush()
             os.fsync(file.fileno())
-    tokenizers.save_tokenizer(tokenizer, folder / "tokenizer.json")
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
 
 
 def open_tokens(path: Path) -> Tokens:

@@ -20,7 +20,7 @@ from gpt.errors import MissingInput
 def resolve_device(name: str) -> torch.device:
     """`auto` is the first of CUDA, MPS and CPU that is there; a device that is not is an error.
 
-    `cuda:N` becomes the current device, which torch asks for what it can do.
+    `cuda:N` becomes torch's current device: it is the one asked whether it has bfloat16.
     """
     available = ["cpu"]
     # Several processes could not exchange MPS's tensors.
@@ -40,7 +40,7 @@ def resolve_device(name: str) -> torch.device:
 def reset_peak_memory(device: torch.device) -> None:
     """Forget what earlier runs of this process took, where the system lets us: not on macOS."""
     if device.type == "cuda":
-        torch.cuda.init()  # which a device with an index would have had to be
+        torch.cuda.init()  # before it there are no statistics to reset
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5)

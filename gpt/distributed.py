@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpt.errors import ConfigError, ProcessLost
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 
 def world_size() -> int:
@@ -74,7 +74,7 @@ def share(rows: np.ndarray) -> np.ndarray:
     return rows.reshape(world_size(), -1)[rank()]
 
 
-def from_all_processes(value: T) -> list[T]:
+def from_all_processes(value: Value) -> list[Value]:
     """What each process has for `value`; all must ask, and so wait for one another."""
     values = [value] * world_size()
     if len(values) > 1:

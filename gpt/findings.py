@@ -33,9 +33,8 @@ ACTIVATIONS: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
 )
 
 
-def show(value: float, half: float | None, digits: int = 4, sign: str = "") -> str:
-    text = f"{value:{sign}.{digits}f}"
-    return text if half is None else f"{text} ± {half:.{digits}f}"
+def show(value: float, half: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
 
 
 def table(cells: list[Cell], versus: Baseline) -> list[dict[str, str]]:

@@ -15,10 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from gpt.config import Config
 from gpt.distributed import rank
 from gpt.errors import DataError
 from gpt.files import flatten, read_jsonl, write_atomically
+from gpt.stats import EDGES
 
 # What wandb is told of a run's configuration.
 TOLD = ("seed", "device", "dtype", "compile", "tokenizer", "strict_causal", "norm", "placement",
@@ -174,18 +177,13 @@ class Wandb:
         """Numbers as lines, `sites/head/after/rms`; shares of equal bins as histograms."""
 
         def call(run: Any) -> None:
-            import numpy as np
             import wandb
 
-            from gpt.stats import EDGES
-
-            def shown(value: Any) -> Any:
-                if not isinstance(value, list):
-                    return value
-                return wandb.Histogram(np_histogram=(np.array(value), np.array(EDGES)))
-
             row = flatten(table, "/")
-            run.log({key: shown(value) for key, value in row.items()}, step=step)
+            for key, value in row.items():
+                if isinstance(value, list):
+                    row[key] = wandb.Histogram(np_histogram=(np.array(value), np.array(EDGES)))
+            run.log(row, step=step)
 
         self.tell(call)
 

@@ -165,7 +165,7 @@ class GPT(nn.Module):
         vocab_size: int,
         make_norm: MakeNorm,
         plans: Sequence[BlockPlan],
-        seed: int = 0,
+        seed: int,
     ) -> None:
         super().__init__()
         self.block_size = config.block_size

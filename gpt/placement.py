@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import nn
 
 from gpt import norms  # noqa: F401  (registers them)
@@ -54,12 +52,11 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
 def refuse_single_values(model: GPT, cfg: Config) -> None:
     """ConfigError where a norm would take the variance of one value, which is 0."""
     sizes = {"B": cfg.train.batch_size, "T": cfg.model.block_size}
+    keys = {"B": "train.batch_size", "T": "model.block_size"}
     for norm in norms_of(model):
         over = [axis for axis in norm.axes if axis in sizes]
-        if over and math.prod(sizes[axis] for axis in over) == 1:
-            keys = {"B": "train.batch_size=1", "T": "model.block_size=1"}
+        if over and all(sizes[axis] == 1 for axis in over):
+            larger = " or ".join(keys[axis] for axis in over)
             raise ConfigError(
-                f"norm={name_of(norm)}: {' and '.join(keys[axis] for axis in over)} give"
-                f"{'s' * (len(over) == 1)} one value a feature, which has no spread; raise "
-                f"{'either' if len(over) > 1 else 'it'}"
+                f"norm={name_of(norm)}: one value a feature has no spread; raise {larger}"
             )

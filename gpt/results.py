@@ -14,7 +14,7 @@ from rich.table import Table
 from gpt.errors import DataError
 from gpt.files import flatten, read_json
 
-# Keys that change no result.
+# Keys that tell no run apart: where it ran, and how often it was looked at or saved.
 UNSEEN = {"wandb.mode", "wandb.project", "device", "train.stats_every", "train.checkpoint_every",
           "train.keep_checkpoints"}  # fmt: skip
 # What runs are made of beside their configuration, and its name where it differs between them.

@@ -264,20 +264,20 @@ def table(record: Record) -> dict[str, dict[str, dict[str, Any]]]:
     return result
 
 
-def spike_score(values: list[float], over: int = 128, sigmas: float = 6.0) -> float:
-    """The share of values further than `sigmas` standard deviations from the mean of the `over`
-    before them: training's spikes (OLMo). 0 where there are too few."""
-    if len(values) <= over:
+def spike_score(values: list[float]) -> float:
+    """The share of values further than 6 standard deviations from the mean of the 128 before them:
+    training's spikes (OLMo). 0 where there are too few."""
+    if len(values) <= 128:
         return 0.0
-    before = np.lib.stride_tricks.sliding_window_view(np.asarray(values[:-1]), over)
-    off = np.abs(np.asarray(values[over:]) - before.mean(1))
-    return float((off > sigmas * before.std(1)).mean())
+    before = np.lib.stride_tricks.sliding_window_view(np.asarray(values[:-1]), 128)
+    off = np.abs(np.asarray(values[128:]) - before.mean(1))
+    return float((off > 6 * before.std(1)).mean())
 
 
 def first_nonfinite(record: Record) -> str | None:
     """The first place that holds NaN or infinity: γ or β, else in the order of the forward pass."""
     for (_, name, key), value in record.items():
-        if value.dim() and value.numel() != len(MOMENTS):
+        if key == "histogram":
             continue
         largest = value[MOMENTS.index("absmax")] if value.dim() else value
         if not math.isfinite(largest.item()):

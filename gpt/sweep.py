@@ -54,16 +54,14 @@ def refuse_sweep(argv: list[str]) -> None:
 
 def count_cells(argv: list[str]) -> int | None:
     """How many runs the command line asks for; None where that is not known beforehand."""
-    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
-    given = dict(arg.split("=", 1) for arg in overrides)
+    given = dict(arg.split("=", 1) for arg in argv if "=" in arg and not arg.startswith("-"))
     if "hydra/sweeper" in given:
         return None
     file = CONFIGS / "sweep" / f"{given.get('sweep')}.yaml"
     params = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") if file.exists() else {}
-    grid = {**{k: f"{k}={v}" for k, v in (params or {}).items()},
-            **{arg.split("=", 1)[0]: arg for arg in overrides}}  # fmt: skip
+    grid = [f"{key}={value}" for key, value in {**(params or {}), **given}.items()]
     try:
-        parsed = OverridesParser.create().parse_overrides(list(grid.values()))
+        parsed = OverridesParser.create().parse_overrides(grid)
         swept = [list(o.sweep_string_iterator()) for o in parsed if o.is_sweep_override()]
         return math.prod(map(len, swept))
     except HydraException:  # a glob, which Hydra expands; or a mistake, of which Hydra tells
@@ -71,7 +69,7 @@ def count_cells(argv: list[str]) -> int | None:
 
 
 @dataclass(frozen=True)
-class Progress:
+class CellProgress:
     """A run of the sweep, as its files have it. cost: tokens to train on; done: trained on."""
 
     name: str
@@ -82,12 +80,12 @@ class Progress:
     changed: float
 
 
-def read_progress(run_dir: Path) -> Progress | None:
+def read_progress(run_dir: Path) -> CellProgress | None:
     """None where the run has not begun, or its files are in the middle of being written."""
     try:
         cfg = read_config(str(run_dir))
         steps = cfg["train.steps"]
-        a_step = cfg["train.batch_size"] * cfg["train.grad_accum"] * cfg["model.block_size"]
+        tokens = cfg["train.batch_size"] * cfg["train.grad_accum"] * cfg["model.block_size"]
         done = (run_dir / "DONE").exists()
         path = run_dir / ("summary.json" if done else "metrics.jsonl")
         changed = path.stat().st_mtime
@@ -97,16 +95,13 @@ def read_progress(run_dir: Path) -> Progress | None:
             state = f"val loss {loss:.4f}" if loss is not None else "no loss"
             if "diverged_at" in summary:
                 state = f"diverged at {summary['diverged_at']}"
-            return Progress(
-                run_dir.name, state, f"{step}/{steps}", a_step * step, a_step * step, changed
-            )
-        rows = read_jsonl(path)
+        else:
+            rows = read_jsonl(path)
+            step, state = rows[-1]["step"] if rows else 0, "begun"
     except (OSError, KeyError, UserError):
         return None
-    step = rows[-1]["step"] if rows else 0
-    return Progress(
-        run_dir.name, "begun", f"{step}/{steps}", a_step * steps, a_step * step, changed
-    )
+    cost = tokens * (step if done else steps)
+    return CellProgress(run_dir.name, state, f"{step}/{steps}", cost, tokens * step, changed)
 
 
 def progress_table(folder: Path, total: int | None, started: float, done_before: float) -> Table:

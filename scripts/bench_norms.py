@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gpt import cli
 from gpt.errors import MissingInput
-from gpt.kernels.layer_norm import add_norm
+from gpt.kernels.layer_norm import add_norm, output_dtype
 
 ROWS = (8192, 65536)
 WIDTHS = (768, 1024, 1280, 1600, 4096)
@@ -43,12 +43,8 @@ def ours(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor
 
 def native(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     stream = x if branch is None else x + branch
-    return as_autocast(F.layer_norm(stream, w.shape, w, b, 1e-5)), stream
-
-
-def as_autocast(y: Tensor) -> Tensor:
-    """As the product after a norm needs it: F.layer_norm, under autocast, returns fp32."""
-    return y.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else y
+    # As the product after a norm needs it: F.layer_norm, under autocast, returns fp32.
+    return F.layer_norm(stream, w.shape, w, b, 1e-5).to(output_dtype(stream)), stream
 
 
 @cache
@@ -92,7 +88,7 @@ def peers() -> dict[str, Norm]:
 
         def apex(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
             # Its output has the type of its weights.
-            dtype = torch.bfloat16 if torch.is_autocast_enabled("cuda") else w.dtype
+            dtype = output_dtype(w)
             with torch.autocast("cuda", enabled=False):  # else it would cast x as well
                 w, b = weights_as(w, dtype), weights_as(b, dtype)
                 return FastLayerNormFN.apply(x, w, b, 1e-5, False)
@@ -118,7 +114,7 @@ def peers() -> dict[str, Norm]:
     def over_a_sum(norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Norm:
         def run(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             stream = x if branch is None else x + branch
-            return as_autocast(norm(stream, w, b)), stream
+            return norm(stream, w, b).to(output_dtype(stream)), stream
 
         return run
 

@@ -15,8 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from gpt import cli
-from gpt.config import register_schemas, typed
-from gpt.errors import ConfigError, nearest
+from gpt.config import check_choice, register_schemas, typed
+from gpt.errors import ConfigError
 from gpt.sweep import count_cells, live_table, refuse_sweep, show_results, sweep_dir
 
 register_schemas()
@@ -49,9 +49,7 @@ def swap_norm(raw: DictConfig, overrides: list[str]) -> None:
     """Put the configuration of the norm `init.swap_norm` in the place of `norm`'s."""
     name = raw.init.swap_norm
     options = sorted(path.stem for path in (cli.CONFIGS / "norm").glob("*.yaml"))
-    if name not in options:
-        expected = f"expected one of {', '.join(options)}{nearest(name, options)}"
-        raise ConfigError(f"init.swap_norm={name}: {expected}")
+    check_choice("init.swap_norm", name, tuple(options))
     keys = [override.lstrip("+").split("=")[0] for override in overrides]
     if "norm" in keys:
         raise ConfigError(f"init.swap_norm={name} says which norm: leave out norm=… beside it")

@@ -20,6 +20,8 @@ from torch.func import functional_call
 
 from gpt.norms.layer import LayerNorm
 from gpt.norms.registry import NORMS, begin_step, build_norm, commit, defer
+from gpt.optim import make_optimizer
+from tests.conftest import make_config
 from tests.programs import REPO
 from tests.references import REFERENCES
 
@@ -270,7 +272,9 @@ def test_it_compiles_without_a_graph_break(norm_name: str, training: bool) -> No
 
 
 def test_no_parameter_of_it_would_be_decayed(norm_name: str) -> None:
-    assert all(p.dim() < 2 for p in make(norm_name)(8).parameters())
+    model = nn.Sequential(nn.Linear(8, 8), make(norm_name)(8))
+    decayed = make_optimizer(model, make_config().optim).param_groups[0]["params"]
+    assert [id(p) for p in decayed] == [id(model[0].weight)]
 
 
 def test_in_evaluation_it_is_the_affine_map_that_it_says(norm_name: str) -> None:

@@ -146,12 +146,12 @@ def test_ids_above_65535_take_four_bytes(
         mergeable_ranks={bytes([b]): b + 70_000 for b in range(256)},
         special_tokens={},
     )
-    monkeypatch.setattr(gpt.data.tokenizers, "make_tokenizer", lambda *_: wide)
-    monkeypatch.setattr(gpt.data.tokenizers, "fingerprint", lambda _: "wide")
+    monkeypatch.setattr(gpt.data, "make_tokenizer", lambda *_: wide)
+    monkeypatch.setattr(gpt.data, "fingerprint", lambda _: "wide")
     monkeypatch.setattr(
-        gpt.data.tokenizers, "save_tokenizer", lambda _, path: path.write_text('{"name": "gpt2"}')
+        gpt.data, "save_tokenizer", lambda _, path: path.write_text('{"name": "gpt2"}')
     )
-    monkeypatch.setattr(gpt.data.tokenizers, "load_tokenizer", lambda _: wide)
+    monkeypatch.setattr(gpt.data, "load_tokenizer", lambda _: wide)
     data = prepare(config("model.block_size=31", "tokenizer=gpt2"))
     assert data.train.header.dtype == "<u4"
     assert data.train.ids.min() >= 70_000

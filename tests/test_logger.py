@@ -32,6 +32,15 @@ def test_rows_after_the_checkpoint_are_dropped_on_resume(
     assert read_jsonl(tmp_path / "metrics.jsonl") == rows[:4]
 
 
+def test_a_row_is_in_its_file_as_soon_as_it_is_logged(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
+    log = RunLog(tmp_path, config(), keep_until=-1)
+    log.metrics(1, loss=2.0)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+    log.close()
+
+
 def test_json_is_strict_and_keeps_every_bit() -> None:
     assert to_json({"a": float("nan"), "b": {"c": float("inf")}}) == '{"a": null, "b": {"c": null}}'
     value = 0.1 + 0.2

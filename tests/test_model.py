@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt.config import Config, ModelConfig
+from gpt.config import ModelConfig
 from gpt.model import GPT, Block, BlockPlan, Sublayer
 from gpt.norms.registry import norms_of
 from gpt.placement import build_model
@@ -180,7 +179,7 @@ def test_models_that_differ_in_norms_share_all_other_weights(other: str) -> None
     assert all(torch.equal(a[k], b[k]) for k in shared)
 
 
-def test_init_is_gpt2_s(config: Callable[..., Config]) -> None:
+def test_init_is_gpt2_s() -> None:
     model = built("model.n_layer=8", "model.n_embd=128")
     residual = model.h[3].mlp.c_proj.weight.std().item()
     assert residual == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
@@ -197,7 +196,7 @@ def test_presets_have_the_published_sizes(preset: str, millions: float) -> None:
     """Counted, since building 1.5B parameters takes memory: GPT-2's own published counts."""
     m: ModelConfig = make_preset(preset)
     C, L = m.n_embd, m.n_layer
-    block = sum(p.numel() for p in Block(tiny(m), "h.0", norm_of(m), BlockPlan()).parameters())
+    block = sum(p.numel() for p in Block(tiny(m), "h.0", norm_of, BlockPlan()).parameters())
     total = 50257 * C + m.block_size * C + L * block + 2 * C
     assert total / 1e6 == pytest.approx(millions, abs=0.01)
 
@@ -216,8 +215,8 @@ def tiny(m: ModelConfig) -> ModelConfig:
     return ModelConfig(1, m.n_head, m.n_embd, 8, 0.0)
 
 
-def norm_of(m: ModelConfig) -> Callable[[str, int], nn.Module]:
-    return lambda site, width: nn.LayerNorm(width) if site.endswith(".in") else nn.Identity()
+def norm_of(site: str, width: int) -> nn.Module:
+    return nn.LayerNorm(width) if site.endswith(".in") else nn.Identity()
 
 
 def test_compiles_whole() -> None:

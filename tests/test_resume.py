@@ -89,7 +89,7 @@ def test_a_resume_that_loses_any_state_gives_another_curve(
     from tests.conftest import make_config
 
     run_dir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
-    rewind(run_dir, corpus)
+    rewind(run_dir)
     if lost == "dropout":
         stream_seed = step.stream_seed
         moved = lambda seed, name: stream_seed(seed + name.startswith("dropout"), name)  # noqa: E731
@@ -117,13 +117,13 @@ def test_the_same_rewound_run_with_nothing_lost_gives_the_same_curve(
     from tests.conftest import make_config
 
     run_dir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
-    rewind(run_dir, corpus)
+    rewind(run_dir)
     train(make_config(*command(corpus, run_dir)))
     assert curve(run_dir) == curve(uninterrupted)
 
 
-def rewind(run_dir: Path, corpus: Path) -> None:
-    """Back to the checkpoint before the last, under a configuration with this run_dir."""
+def rewind(run_dir: Path) -> None:
+    """Back to the checkpoint before the last."""
     (run_dir / "DONE").unlink()
     shutil.rmtree(run_dir / "checkpoints" / f"step_{STEPS}")
 

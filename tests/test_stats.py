@@ -130,7 +130,7 @@ def test_spikes_are_what_lies_six_deviations_off_the_128_before() -> None:
     calm[150] = 6.5
     assert spike_score(calm) == pytest.approx(1 / 72)
     assert spike_score([value + 9 for value in calm]) == pytest.approx(1 / 72)
-    assert spike_score([1.0] * 128 + [9.0], over=128) == 1
+    assert spike_score([1.0] * 128 + [9.0]) == 1
     assert spike_score([1.0, 99.0]) == 0
 
 

@@ -84,7 +84,7 @@ def test_importing_gpt_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_training_on_the_default_imports_neither_datasets_nor_wandb_without_need() -> None:
+def test_importing_the_trainer_imports_neither_datasets_nor_wandb_nor_matplotlib() -> None:
     code = (
         "import gpt.trainer, sys; assert not {'wandb', 'datasets', 'matplotlib'} & set(sys.modules)"
     )

@@ -135,7 +135,7 @@ def test_norms_are_taken_away_by_a_schedule(source: Path, corpus: Path, tmp_path
         (["placement=post"], "it has placement.name=pre; say so here too"),
         (["placement.attn.q=true"], "it has placement.attn.q=False; say so here too"),
         (["tokenizer=bpe"], "its tokens are others"),
-        (["init.swap_norm=rmz"], "init.swap_norm=rmz: expected one of"),
+        (["init.swap_norm=rmz"], "init.swap_norm=rmz: expected anneal |"),
         (["init.swap_norm=rms", "norm=rms"], "leave out norm=… beside it"),
         (["init.swap_norm=rms", "norm.epz=1e-3"], "did you mean 'eps'"),
     ],

@@ -54,7 +54,6 @@ def test_the_ready_sweep_is_norm_by_placement_by_batch_size(corpus: Path, tmp_pa
     assert {s["norm"] for s in cells(tmp_path / "runs")} == {"layer", "rms", "dummy", "batch"}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_command_has_its_folder_in_any_order_and_another_command_another() -> None:
     def folder(*args: str) -> Path:
         path = sweep_dir(["-m", *args])
@@ -69,6 +68,7 @@ def test_a_command_has_its_folder_in_any_order_and_another_command_another() -> 
     assert sweep_dir(["a=1"]) is None
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_failed_cell_is_named_and_the_others_go_on(corpus: Path, tmp_path: Path) -> None:
     result = sweep(corpus, "norm=cuda_layer,rms,layer", cwd=tmp_path)
     assert result.returncode == 66

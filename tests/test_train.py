@@ -20,17 +20,15 @@ from gpt.causality import Sight
 from gpt.config import Config
 from gpt.data import ValBatches
 from gpt.device import peak_memory, reset_peak_memory
-from gpt.errors import ConfigError, Diverged
+from gpt.errors import Diverged
 from gpt.evaluate import evaluate
-from gpt.norms.registry import NORMS
 from gpt.placement import build_model
 from gpt.step import Row, read, update
 from gpt.trainer import train
-from tests.conftest import curve, make_config, read_rows
+from tests.conftest import BUILDABLE, curve, make_config, read_rows
 from tests.programs import REPO, run_program
 
 GOLDEN = REPO / "tests" / "golden"
-BUILDABLE = [name for name in NORMS if name != "cuda_layer"]
 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
@@ -272,17 +270,6 @@ def test_an_exploding_learning_rate_exits_17_in_one_line(corpus: Path, tmp_path:
     assert result.stderr.count("\n") == 1
 
 
-def test_batch_norm_trains_on_one_sample_and_says_so(
-    config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(config("norm=batch", "train.batch_size=1"))
-    out = capsys.readouterr().out
-    assert "leaky" in out
-    assert "the statistics are those of one sample" in out
-    with pytest.raises(ConfigError, match="one value a feature"):
-        train(config("norm=batch", "train.batch_size=1", "model.block_size=1", "run_dir=null"))
-
-
 def test_the_validation_loss_does_not_depend_on_dropout_or_statistics_of_the_batch(
     config: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -294,9 +281,11 @@ def test_the_validation_loss_does_not_depend_on_dropout_or_statistics_of_the_bat
     assert len(at_start) == 1
 
 
-def test_metrics_are_flushed_row_by_row(config: Callable[..., Config], tmp_path: Path) -> None:
+def test_each_step_and_each_evaluation_has_a_row(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
     train(config())
-    assert [dict(row)["step"] for row in curve(tmp_path / "run")] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")

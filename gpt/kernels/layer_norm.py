@@ -23,9 +23,9 @@ SOURCE = (Path(__file__).parent / "layer_norm.cu").read_text(encoding="utf-8")
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NUMBERS = {float: c_float, int: c_longlong}  # what a kernel takes beside pointers
 LONGEST = 8192  # features of a row that is held in registers; a longer one is read twice
-# Elements of a row that a backward thread holds, with their gradients and sums; threads of a block,
-# blocks of a multiprocessor: as many as have the registers for it, and four blocks at most.
-HELD = ((8, 384, 2), (8, 480, 2), (16, 256, 2), (16, 512, 1), (24, 256, 2), (32, 128, 3))
+# Backward, in order of choice: elements of a row that a thread holds, with gradients and sums;
+# threads of a block at most; blocks of a multiprocessor. As many as there are registers for.
+BACKWARD = ((8, 384, 2), (8, 480, 2), (16, 256, 2), (16, 512, 1), (24, 256, 2), (32, 128, 3))
 ON_THEIR_WAY = 40_000  # bytes of rows that a multiprocessor must have asked for to be kept busy
 
 
@@ -90,7 +90,7 @@ class Kind(NamedTuple):
         return self.plan(threads, rows, blocks, self.C <= LONGEST, forward=True)
 
     def backward(self) -> Plan:
-        """The first of HELD that has enough bytes on their way, or else the one that has most."""
+        """The first of BACKWARD with enough bytes on their way, or else the one with most."""
         if self.C > LONGEST:
             return self.plan(512, 1, 2, False, forward=False)
         X, dy = self.X_T.itemsize, self.Y_T.itemsize
@@ -101,7 +101,7 @@ class Kind(NamedTuple):
 
         plans = [
             self.plan(threads, block // threads, blocks, True, forward=False)
-            for held, block, blocks in HELD
+            for held, block, blocks in BACKWARD
             if (threads := self.threads(held)) <= block
         ]
         enough = (plan for plan in plans if on_their_way(plan) >= ON_THEIR_WAY)

@@ -45,6 +45,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from gpt.config import check_choice
 from gpt.errors import ConfigError, MissingInput, nearest
 
 NORMS: dict[str, type[nn.Module]] = {}
@@ -77,10 +78,7 @@ def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
 
 def norm_class(name: str) -> Any:
     """The registered class, or the one-line error with the nearest name."""
-    if name not in NORMS:
-        raise ConfigError(
-            f"norm={name}: expected one of {', '.join(sorted(NORMS))}{nearest(name, NORMS)}"
-        )
+    check_choice("norm", name, tuple(sorted(NORMS)))
     return NORMS[name]
 
 
