@@ -10,56 +10,61 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from hydra import compose, initialize_config_dir
 
 from gpt import cli
+from gpt.checkpoint import TrainState
 from gpt.config import register_schemas, typed
 from gpt.data import TrainBatches, prepare
 from gpt.norms.registry import load_module
 from gpt.screen import Screen
 from gpt.stats import table
 from gpt.step import update
-from gpt.trainer import set_up
+from gpt.trainer import Run, set_up
 
 STEPS = 20
+
+
+def prepared(overrides: list[str]) -> tuple[Run, TrainState, TrainBatches]:
+    """What `overrides` make of the default run, before its first step, in no directory."""
+    register_schemas()
+    with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
+        cfg = typed(compose("train", overrides))
+    if cfg.norm.get("module"):
+        load_module(cfg.norm["module"])
+    t, data = cfg.train, prepare(cfg)
+    run, state = set_up(cfg, Path(), data, Screen(t.steps, quiet=True))
+    ids, block_size = data.train.ids, cfg.model.block_size
+    return run, state, TrainBatches(ids, t.batch_size, t.grad_accum, block_size, cfg.seed)
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("override", nargs="*", help="of the default run, as for scripts/train.py")
-    overrides = parser.parse_args().override
-    register_schemas()
-    with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
-        cfg = typed(compose("train", overrides))
-    if cfg.norm.get("module"):
-        load_module(cfg.norm["module"])
-    t = cfg.train
-    with TemporaryDirectory() as folder:
-        data = prepare(cfg)
-        run, state = set_up(cfg, Path(folder), data, Screen(t.steps, quiet=True))
-        batches = TrainBatches(
-            data.train.ids, t.batch_size, t.grad_accum, cfg.model.block_size, cfg.seed
-        )
+    run, state, batches = prepared(parser.parse_args().override)
+    cfg, every = run.cfg, run.cfg.train.stats_every
 
-        def seconds(collecting: bool) -> float:
-            start = time.perf_counter()
-            row, record = update(cfg, state, state.model, batches, run.device, collecting)
-            if collecting:
-                table(record)
-            row.loss.item()  # waits for the device
-            return time.perf_counter() - start
+    def seconds(collecting: bool) -> float:
+        state.step = 0  # each is the first: a run may have fewer than these
+        start = time.perf_counter()
+        row, record = update(cfg, state, state.model, batches, run.device, collecting)
+        if collecting:
+            table(record)
+        row.loss.item()  # waits for the device
+        return time.perf_counter() - start
 
-        seconds(True), seconds(False)
-        pairs = [(seconds(False), seconds(True)) for _ in range(STEPS)]
+    seconds(True), seconds(False)
+    pairs = [(seconds(False), seconds(True)) for _ in range(STEPS)]
     plain, counted = (statistics.median(times) for times in zip(*pairs, strict=True))
-    share = (counted - plain) / (plain * t.stats_every) if t.stats_every else 0.0
+    share = (counted - plain) / (plain * every) if every else 0.0
     print(f"a step: {1e3 * plain:.1f} ms, with statistics {1e3 * counted:.1f} ms")
-    print(f"ratio {counted / plain:.2f}; {100 * share:.2f}% of the training at stats_every="
-          f"{t.stats_every} on {run.device}, {torch.get_num_threads()} threads")  # fmt: skip
+    print(
+        f"ratio {counted / plain:.2f}; {100 * share:.2f}% of the training at stats_every={every} "
+        f"on {run.device}, {torch.get_num_threads()} threads"
+    )
 
 
 if __name__ == "__main__":
