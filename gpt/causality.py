@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -12,42 +10,7 @@ from torch import Tensor, nn
 from gpt.device import autocast
 from gpt.errors import ConfigError
 from gpt.norms.registry import USER, begin_step, norms_of
-
-FUTURE, NEIGHBOURS = "later tokens", "other samples"
-UNKNOWN = "what cannot be told, for the probe's output is not finite"
-
-
-def verdict(seen: Sequence[str]) -> str:
-    """What to call a model of which `seen` is all that is known."""
-    return "leaky" if {FUTURE, NEIGHBOURS} & set(seen) else "unknown"
-
-
-@dataclass(frozen=True)
-class Sight:
-    """Of FUTURE, NEIGHBOURS and UNKNOWN: what some token's output depends on beside its past."""
-
-    training: tuple[str, ...]
-    evaluation: tuple[str, ...]
-
-    @property
-    def leaky(self) -> bool:
-        """Whether training is known to see what it must not."""
-        return verdict(self.training) == "leaky"
-
-    def lines(self) -> list[str]:
-        """For the console: what may not be compared, and why."""
-        lines = []
-        if self.training:
-            lines.append(
-                f"{verdict(self.training)}: in training tokens see {' and '.join(self.training)}; "
-                "this run's training loss is not comparable"
-            )
-        if self.evaluation:
-            lines.append(
-                f"{verdict(self.evaluation)}: in evaluation tokens see "
-                f"{' and '.join(self.evaluation)}; this run's validation loss is not a result"
-            )
-        return lines
+from gpt.sight import FUTURE, NEIGHBOURS, UNKNOWN, Sight
 
 
 @torch.no_grad()

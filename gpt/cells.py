@@ -19,6 +19,7 @@ from scipy.stats import t as student
 
 from gpt.files import read_jsonl
 from gpt.results import distinguish, label, read_config
+from gpt.sight import verdict
 
 Summary = dict[str, Any]
 UNITS = {"val_loss": "nats a token", "val_bpb": "bits a byte"}
@@ -71,10 +72,21 @@ class Cell:
         """Its label, whatever its norm and its learning rate."""
         return label(without(self.traits, "optim.lr", "norm"))
 
+    def sees(self, mode: str) -> list[str]:
+        """What its tokens see beside their past, in `mode`: "training" or "evaluation"."""
+        return sorted({what for run in self.runs for what in run[f"sees_in_{mode}"]})
+
+    def marked(self, name: str) -> str:
+        """`name` for a legend: with a mark where it sees what it must not, or may."""
+        for mode in ("evaluation", "training"):
+            if seen := self.sees(mode):
+                return f"{name} ({verdict(seen)} in {mode})"
+        return name
+
     @property
     def void(self) -> bool:
-        """Whether evaluation sees what it must not: its losses are no results."""
-        return any(run["sees_in_evaluation"] for run in self.runs)
+        """Whether evaluation sees what it must not, or may: its losses are no results."""
+        return bool(self.sees("evaluation"))
 
     @property
     def lr(self) -> float:

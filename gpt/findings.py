@@ -14,6 +14,7 @@ import numpy as np
 
 from gpt.cells import UNITS, Baseline, Cell, baseline, difference, in_order, interval, tuned, unlike
 from gpt.files import flatten, read_jsonl
+from gpt.sight import verdict
 
 MANY = 40  # cells with curves and heat maps of their own; tables and intervals have them all
 
@@ -53,6 +54,8 @@ def table(cells: list[Cell], versus: Baseline) -> list[dict[str, str]]:
             row["val loss"] += f"{' ' * bool(losses)}(diverged at step {diverged})"
         bpb = [r["val_bpb"] for r in cell.runs if "diverged_at" not in r and r["seed"] in losses]
         row["bits/byte"] = show(*interval(bpb)) if bpb else ""
+        for mode in ("training", "evaluation"):
+            row[f"sees in {mode}"] = " and ".join(cell.sees(mode)) or "its past"
         other = baseline(cell, cells, versus)
         paired = difference(cell, other) if other else None
         row[f"minus best {versus.key}={versus.value}"] = (
@@ -64,8 +67,6 @@ def table(cells: list[Cell], versus: Baseline) -> list[dict[str, str]]:
         # The least: what a process keeps of cells before it, counts too.
         row["peak memory"] = f"{min(r['peak_memory'] for r in cell.runs) / 2**20:,.0f} MiB"
         row["parameters"] = f"{first['params']:,}"
-        row["sees in training"] = " and ".join(first["sees_in_training"]) or "its past"
-        row["sees in evaluation"] = " and ".join(first["sees_in_evaluation"]) or "its past"
         order = interval(bpb)[0] if bpb else 0.0
         lost = len(cell.runs) - len(losses)
         rows.append((cell.void, lost / len(cell.runs), order, row))
@@ -182,9 +183,10 @@ def plain_words(cells: list[Cell], versus: Baseline) -> list[str]:
         lines.append("Devices differ, and with them rounding, perhaps the precision.")
     if len(best) > MANY:
         lines.append(f"Curves and maps show the first {MANY} of {len(best)}.")
-    void = [c.label for c in cells if c.void]
-    if void:
-        lines.append(f"No result, for evaluation sees what it must not: {', '.join(void)}.")
+    for name, why in (("leaky", "sees what it must not"), ("unknown", "may see what it must not")):
+        void = [c.label for c in cells if c.void and verdict(c.sees("evaluation")) == name]
+        if void:
+            lines.append(f"No result, for evaluation {why}: {', '.join(void)}.")
     lines.append(
         f"All this is on {' and '.join(texts)}, for models of these sizes, trained for so many "
         "steps at these learning rates; each interval is for one comparison, and among twenty one "

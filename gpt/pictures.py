@@ -50,7 +50,9 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
     if not cells:
         return None
     contexts, styles = ordered({c.context for c in cells}), norm_styles(cells)
-    figure, axis = plt.subplots(figsize=(2 + 1.2 * len(contexts), 3.8), layout="constrained")
+    names = [wrapped(context, 16) for context in contexts]
+    height = 3.6 + 0.2 * max(name.count("\n") + 1 for name in names)
+    figure, axis = plt.subplots(figsize=(2 + 1.2 * len(contexts), height), layout="constrained")
     for i, (norm, style) in enumerate(styles.items()):
         mine = [cell for cell in cells if cell.norm == norm]
         shift = 0.5 * (i - (len(styles) - 1) / 2) / len(styles)
@@ -58,9 +60,9 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
         means, halves = zip(*(interval(c.losses.values()) for c in mine), strict=True)
         errors = [math.nan if half is None else half for half in halves]
         axis.errorbar(
-            xs, means, errors, fmt="o", capsize=3, color=style["color"], label=wrapped(norm)
+            xs, means, errors, fmt="o", capsize=3, color=style["color"], label=name_of(mine[0])
         )
-    axis.set_xticks(range(len(contexts)), [wrapped(c, 16) for c in contexts])
+    axis.set_xticks(range(len(contexts)), names)
     axis.set_ylabel(f"validation loss, {UNITS[cells[0].unit]}")
     tidy(axis)
     axis.legend(frameon=False, title="norm")
@@ -74,7 +76,7 @@ def draw_curves(cells: list[Cell]) -> Figure:
         for run in cell.runs:
             steps, values = curve(run["run_dir"], cell.unit)
             axis, style = panels[cell.context], styles[cell.norm]
-            axis.plot(steps, values, label=wrapped(cell.norm), linewidth=1.6, **style)
+            axis.plot(steps, values, label=name_of(cell), linewidth=1.6, **style)
             if "diverged_at" in run:
                 axis.plot(steps[-1:], values[-1:], "x", color=style["color"])
     figure.axes[0].set_ylim(curve_limits(cells))
@@ -96,7 +98,9 @@ def draw_lr(cells: list[Cell]) -> Figure | None:
         ended = [(c.lr, *interval(c.losses.values())) for c in mine if c.losses]
         lrs, means, halves = zip(*ended, strict=True) if ended else ((), (), ())
         errors = [math.nan if h is None else h for h in halves]
-        axis.errorbar(lrs, means, errors, label=wrapped(mine[0].norm), capsize=3, **style)
+        axis.errorbar(
+            lrs, means, errors, marker="o", markersize=3, capsize=3, **style, label=name_of(mine[0])
+        )
         lost = [c.lr for c in mine if c.diverged]
         height = 0.96 - 0.06 * list(styles).index(mine[0].norm)
         top = axis.get_xaxis_transform()
@@ -179,6 +183,10 @@ def finish(figure: Figure, panels: dict[str, Axes], x: str, y: str) -> None:
     found = [axis.get_legend_handles_labels() for axis in panels.values()]
     labels = {t: h for handles, texts in found for h, t in zip(handles, texts, strict=True)}
     figure.legend(labels.values(), labels.keys(), frameon=False, loc="outside right center")
+
+
+def name_of(cell: Cell) -> str:
+    return wrapped(cell.marked(cell.norm))
 
 
 def wrapped(label: str, width: int = 26) -> str:

@@ -35,10 +35,11 @@ def figure_losses(cells: list[Cell]) -> go.Figure | None:
         return None
     figure = go.Figure()
     for norm in sorted({c.norm for c in shown}):
-        mine = [(c.context, *interval(c.losses.values())) for c in shown if c.norm == norm]
-        contexts, means, halves = zip(*mine, strict=True)
-        bars = {"array": list(halves)}
-        figure.add_scatter(x=contexts, y=means, error_y=bars, mode="markers", name=norm)
+        mine = [c for c in shown if c.norm == norm]
+        points = [(c.context, *interval(c.losses.values())) for c in mine]
+        contexts, means, halves = zip(*points, strict=True)
+        style = {"mode": "markers", "name": mine[0].marked(norm)}
+        figure.add_scatter(x=contexts, y=means, error_y={"array": list(halves)}, **style)
     figure.update_xaxes(categoryorder="array", categoryarray=ordered({c.context for c in shown}))
     figure.update_traces(marker_size=9)
     values = [loss for c in shown for loss in c.losses.values()]
@@ -66,7 +67,7 @@ def figure_curves(cells: list[Cell]) -> go.Figure:
                 y=values,
                 mode="lines+markers" if "diverged_at" in run else "lines",
                 marker={"symbol": "x", "size": [0] * (len(steps) - 1) + [9]},
-                name=cell.label + " (leaky)" * cell.void,
+                name=cell.marked(cell.label),
                 legendgroup=cell.label,
                 showlegend=j == 0,
                 line={"color": color},
@@ -94,7 +95,7 @@ def figure_lr(cells: list[Cell]) -> go.Figure | None:
         mine = [c for c in shown if c.setting == setting]
         points = [(c.lr, *interval(c.losses.values())) for c in mine if c.losses]
         xs, ys, errors = zip(*points, strict=True) if points else ((), (), ())
-        style = {"name": setting, "legendgroup": setting}
+        style = {"name": mine[0].marked(setting), "legendgroup": setting}
         color = f"hsl({360 * i / len(settings):.0f} 65% 45%)"
         figure.add_scatter(x=xs, y=ys, error_y={"array": errors}, line={"color": color}, **style)
         lost = [c for c in mine if c.diverged]

@@ -13,10 +13,11 @@ from rich.table import Table
 
 from gpt.errors import DataError
 from gpt.files import flatten, read_json
+from gpt.sight import marked
 
 # Keys that tell no run apart: where it ran, and how often it was looked at or saved.
-UNSEEN = {"wandb.mode", "wandb.project", "device", "train.stats_every", "train.checkpoint_every",
-          "train.keep_checkpoints"}  # fmt: skip
+UNSEEN = {"wandb.mode", "wandb.project", "device", "train.eval_every", "train.stats_every",
+          "train.checkpoint_every", "train.keep_checkpoints"}  # fmt: skip
 # What runs are made of beside their configuration, and its name where it differs between them.
 SOURCES = {"corpus_sha256": "text", "init_sha256": "init.weights", "norm_sha256": "norm.code"}
 
@@ -58,8 +59,8 @@ def print_table(summaries: list[dict[str, Any]]) -> None:
         if "diverged_at" in s:
             table.add_row(name, f"diverged at {s['diverged_at']}", "", "", speed)
             continue
-        train_loss = f"{s['train_loss']:.4f}" + " leaky" * s["leaky"]
-        val_loss = f"{s['val_loss']:.4f}" + " leaky" * bool(s.get("sees_in_evaluation"))
+        train_loss = marked(f"{s['train_loss']:.4f}", s["sees_in_training"])
+        val_loss = marked(f"{s['val_loss']:.4f}", s["sees_in_evaluation"])
         table.add_row(name, val_loss, f"{s['val_bpb']:.4f}", train_loss, speed)
     Console().print(table)
 
@@ -96,7 +97,7 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         head = ("norm", s["norm"]), ("placement", s["placement"])
         traits = dict([*head, ("train.batch_size", s["batch_size"]), ("seed", s["seed"])])
         for key in keys:
-            if key in config and len(values[group(config, key)]) > 1:
+            if config.get(key) is not None and len(values[group(config, key)]) > 1:
                 traits[key] = config[key]
         traits |= {SOURCES[k]: s[k][:8] for k in several if s.get(k)}
         found.append(traits)

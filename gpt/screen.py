@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gpt.causality import verdict
+from gpt.sight import verdict
 
 
 class Terminal(Console):

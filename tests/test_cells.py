@@ -132,6 +132,15 @@ def test_options_of_a_norm_are_lines_of_their_own(tmp_path: Path) -> None:
     assert {c.context for c in cells} == {"pre-bs4"}
 
 
+def test_a_key_that_only_some_runs_have_is_named_on_those(tmp_path: Path) -> None:
+    for name in ("null", "rms"):
+        summary(tmp_path / name, "layer", 1, 3.0)
+        config = tmp_path / name / "layer-pre-bs4-s1" / "config.yaml"
+        config.write_text(f"{config.read_text()}\ninit: {{swap_norm: {name}}}")
+    labels = {cell.label for cell in make_cells(load_summaries(tmp_path))}
+    assert labels == {"layer-pre-bs4", "layer-pre-bs4 init.swap_norm=rms"}
+
+
 def test_rates_that_each_lost_another_seed_are_ranked_by_the_seed_that_both_have(
     tmp_path: Path,
 ) -> None:

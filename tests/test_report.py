@@ -14,6 +14,7 @@ import pytest
 from gpt import findings, pictures, report
 from gpt.cells import Baseline, make_cells, tuned
 from gpt.results import load_summaries
+from gpt.sight import FUTURE, UNKNOWN
 from tests.conftest import TINY
 from tests.made_runs import summary
 from tests.programs import run_program
@@ -184,6 +185,37 @@ def test_the_pictures_are_of_the_best_learning_rates_and_of_no_leak(folder: Path
     assert point.get_ydata()[0] == pytest.approx(3.2)
     low, high = error.get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
+
+
+def test_what_a_norm_sees_is_said_in_legends_tables_and_words(tmp_path: Path) -> None:
+    summary(tmp_path, "layer", 1, 3.0)
+    summary(tmp_path, "batch", 1, 2.9, sees_in_training=[FUTURE])
+    summary(tmp_path, "odd", 1, 2.8, sees_in_training=[UNKNOWN], sees_in_evaluation=[UNKNOWN])
+    cells = make_cells(load_summaries(tmp_path))
+    figure = pictures.draw_losses([c for c in cells if not c.void])
+    assert figure is not None
+    labels = [c.get_label() for c in figure.axes[0].containers]
+    assert labels == ["batch (leaky in training)", "layer"]
+    curves = [trace.name for trace in report.figure_curves(cells).data]
+    assert curves[-1] == "odd-pre-bs4 (unknown in evaluation)"
+    words = "\n".join(findings.plain_words(cells, Baseline()))
+    assert "No result, for evaluation may see what it must not: odd-pre-bs4." in words
+    rows = {row["cell"]: row for row in findings.table(cells, Baseline())}
+    assert rows["batch-pre-bs4"]["sees in training"] == FUTURE
+    assert rows["batch-pre-bs4"]["sees in evaluation"] == "its past"
+
+
+def test_a_rate_that_alone_was_survived_is_seen(tmp_path: Path) -> None:
+    for lr in (0.1, 1.0):
+        lost = {"diverged_at": 3} if lr == 1.0 else {}
+        summary(tmp_path / str(lr), "dummy", 1, 3.0, **lost)
+        config = tmp_path / str(lr) / "dummy-pre-bs4-s1" / "config.yaml"
+        config.write_text(f"{config.read_text()}\noptim: {{lr: {lr}}}")
+    figure = pictures.draw_lr(make_cells(load_summaries(tmp_path)))
+    assert figure is not None
+    (line, *_), *_ = figure.axes[0].containers
+    assert len(line.get_xdata()) == 1
+    assert line.get_marker() == "o"
 
 
 def test_activations_are_of_the_last_step_and_of_all_seeds(tmp_path: Path) -> None:
