@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from gpt.errors import MissingInput
 from gpt.norms.registry import NORMS, build_norm, norm_class, sizes
 
 SHAPE = (16, 128, 128)  # of the timed input: the default run's
@@ -80,7 +81,7 @@ def table() -> Table:
         cells += [parameters(name), str(bytes_moved(name)), f"{milliseconds[name]:.1f}"]
         result.add_row(*cells, f"{ratio:.2f}")
     B, T, C = SHAPE
-    result.caption = (
+    result.caption = "cuda_layer: needs a CUDA device · " * ("cuda_layer" not in names) + (
         f"bytes: what forward must at least read and write per fp32 element · ms: forward and "
         f"backward of ({B}, {T}, {C}) in fp32 here, on {torch.get_num_threads()} thread(s), "
         "medians taken in turns; layer and batch are torch's fused kernels, others plain PyTorch"
@@ -93,21 +94,27 @@ def card(name: str) -> list[list[str]]:
     training and, where that differs, in evaluation, and the 3×3 example worked out by the norm."""
     cls = norm_class(name)
     differs = cls.evaluation_axes != cls.axes
+    groups = 2 if "groups" in inspect.signature(cls).parameters else 1
+    try:
+        example = list(worked_example(name))
+    except MissingInput as error:
+        example = [str(error)]
     return [
         [f"{name}: {cls.__name__}", "", *(inspect.getdoc(cls) or "").splitlines(), ""],
-        list(drawing("in training", cls.axes)),
-        list(drawing("in evaluation", cls.evaluation_axes)) if differs else [],
-        list(worked_example(name)),
+        list(drawing("in training", cls.axes, groups)),
+        list(drawing("in evaluation", cls.evaluation_axes, groups)) if differs else [],
+        example,
     ]
 
 
-def drawing(when: str, axes: tuple[str, ...]) -> Iterator[str]:
+def drawing(when: str, axes: tuple[str, ...], groups: int) -> Iterator[str]:
     """A (2, 3, 4) block: which numbers share their statistics with one of them."""
     if not axes:
         yield f"{when}: no statistics of this input at all; every number by itself"
         yield ""
         return
-    yield f"{when}: the statistics of ◆ are taken over it and every ■ ({', '.join(axes)})"
+    over = ", ".join(axes) + f", in {groups} groups" * (groups > 1)
+    yield f"{when}: the statistics of ◆ are taken over it and every ■ ({over})"
     yield "            sample 1    sample 2"
     yield "  feature   1 2 3 4     1 2 3 4"
     here = {"B": 0, "T": 1, "C": 1}
@@ -119,7 +126,7 @@ def drawing(when: str, axes: tuple[str, ...]) -> Iterator[str]:
                 place = {"B": b, "T": t, "C": c}
                 moved = {axis for axis in place if place[axis] != here[axis]}
                 # Rows and columns, as of prepbn, are two norms' and not one over both.
-                shared = moved <= set(axes) and not (moved > {"C"})
+                shared = moved <= set(axes) and not (moved > {"C"}) and c < 4 // groups
                 row.append("◆" if place == here else "■" if shared else "·")
             cells.append(" ".join(row))
         yield f"  token {t + 1}   {'     '.join(cells)}"
@@ -141,7 +148,7 @@ def worked_example(name: str) -> Iterator[str]:
     one_by_one = "B" in cls.axes and "T" not in cls.axes  # three samples of a token each
     x = torch.arange(1.0, 10.0).view((3, 1, 3) if one_by_one else (1, 3, 3)).to(home(name))
     what = "samples of one token" if one_by_one else "tokens of one sample"
-    yield f"three {what}, three features" + ", one group" * hasattr(norm, "groups")
+    yield f"three {what}, three features" + ", one group: LayerNorm" * hasattr(norm, "groups")
     yield from rows(x.view(3, 3))
     if cls.axes and set(cls.axes) != set(DIMS):
         dims = [DIMS[axis] for axis in cls.axes]

@@ -25,6 +25,9 @@ from gpt.errors import IO_ERROR, ConfigError, Diverged, UserError, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRACEBACK = "GPT_TRACEBACK"  # set it to see the whole traceback of an error
+EXAMPLES = {"sample.py": "run_dir=DIR", "prepare.py": "data=stdlib"}  # of an override
+EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_local": "submitit",
+          "submitit_slurm": "submitit"}  # fmt: skip
 
 
 Job = Callable[[DictConfig], None]
@@ -113,11 +116,14 @@ def explain_hydra(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         options = sorted(error.options)
+        if group == "hydra/launcher" and name in EXTRAS:
+            return f"{group}={name}: not installed; pip install -e '.[{EXTRAS[name]}]'"
         missing = f"{group}={name}: there is no configs/{group}/{name}.yaml"
         return f"{missing}; expected one of {', '.join(options)}{nearest(name, options)}"
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
-            return f"{error.override}: expected KEY=VALUE, such as norm=layer"
+            example = EXAMPLES.get(Path(sys.argv[0]).name, "norm=layer")
+            return f"{error.override}: expected KEY=VALUE, such as {example}"
         twice = f"\"{error.override.partition('=')[0]}='VALUE'\""
         return f"{error.override}: Hydra cannot read the value; quote it twice: {twice}"
     if "Ambiguous value" in str(error):  # of several values in a single run
@@ -133,6 +139,9 @@ def explain_hydra(error: Exception) -> str:
         return f"{key}: {subject}no such key{similar_key(str(key), composed)}"
     if key:
         return f"{key}: {str(cause).splitlines()[0]}"
+    if str(error).startswith("Could not override"):  # a group that another script has
+        key = str(error).split("'")[1]
+        return f"{key}: {Path(sys.argv[0]).name} has no such key; see --help"
     return " ".join(str(error).split())
 
 

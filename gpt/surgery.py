@@ -36,9 +36,12 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
             f"{group}.{key}={a.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)
         ]
         if differing:
-            name = cfg.norm["name"]
-            hint = f", or instead of it init.swap_norm={name}" if group == "norm" else ""
-            raise ConfigError(f"init.from={source}: it has {differing[0]}; say so here too{hint}")
+            named = [key for key in differing if key.startswith(f"{group}.name=")]
+            theirs = " ".join(named or differing)  # with a name come all other keys
+            hint = (
+                f", or instead of it init.swap_norm={cfg.norm['name']}" if group == "norm" else ""
+            )
+            raise ConfigError(f"init.from={source}: it has {theirs}; say so here too{hint}")
     if fingerprint(load_tokenizer(source / "tokenizer.json")) != tokens:
         raise ConfigError(
             f"init.from={source}: its tokens are others; use the same data and tokenizer"

@@ -143,9 +143,11 @@ def live_table(folder: Path, total: int | None) -> Iterator[None]:
         yield
 
 
-def show_results(folder: Path) -> None:
-    """The table of a sweep's runs, if there are any."""
+def show_results(folder: Path, total: int | None) -> None:
+    """The table of a sweep's runs, of the `total` that were asked for, if there are any."""
     summaries = load_summaries(folder)
     if summaries:
         print_table(summaries)
+        if total and len(summaries) < total:
+            print(f"{total - len(summaries)} of {total} have no result; the same command goes on")
         print(f"python scripts/report.py {shlex.quote(str(folder))}   makes a page of it")

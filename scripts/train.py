@@ -81,4 +81,4 @@ if __name__ == "__main__":
             with live_table(folder, total):
                 cli.run(main)
         finally:
-            cli.run(partial(show_results, folder))
+            cli.run(partial(show_results, folder, total))

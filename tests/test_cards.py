@@ -47,8 +47,9 @@ def test_the_card_shows_why_batch_norm_fails_on_one_sample() -> None:
 
 
 def test_the_drawing_shows_rows_and_columns() -> None:
-    assert list(cards.drawing("in training", ("C",)))[4].endswith("■ ◆ ■ ■     · · · ·")
-    assert list(cards.drawing("in training", ("B", "T")))[3:6] == [
+    assert list(cards.drawing("in training", ("C",), 2))[4].endswith("■ ◆ · ·     · · · ·")
+    assert list(cards.drawing("in training", ("C",), 1))[4].endswith("■ ◆ ■ ■     · · · ·")
+    assert list(cards.drawing("in training", ("B", "T"), 1))[3:6] == [
         "  token 1   · ■ · ·     · ■ · ·",
         "  token 2   · ◆ · ·     · ■ · ·",
         "  token 3   · ■ · ·     · ■ · ·",

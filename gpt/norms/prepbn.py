@@ -16,6 +16,9 @@ from gpt.norms.rms import rms_norm
 class ProgressiveRepBatchNorm(RepBatchNorm):
     """y = λ RMSNorm(x) + (1 − λ) RepBN(x), λ from 1 to 0 by a straight line.  (B, T, C) → (B, T, C)
 
+    As training begins it is RMSNorm alone, with a γ of its own, and RepBN's γ and β have no
+    gradient yet. In evaluation RMSNorm's statistics are taken until λ is 0, and then none.
+
     n_embd         C
     eps, momentum  as BatchNorm's
     fraction       of the training after which λ is 0, in (0, 1]

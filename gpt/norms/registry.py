@@ -40,6 +40,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from importlib.metadata import entry_points
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, get_args
 
 import torch
@@ -100,8 +101,15 @@ def load_module(path: str) -> None:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"norm module {path}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"norm module {path}: {where_and_what(error, file)}") from error
     sys.modules[name] = module
+
+
+def where_and_what(error: BaseException, file: Path) -> str:
+    """`line 7, TypeError: …`, the last line of the user's file on the way to an error."""
+    lines = [f.lineno for f in extract_tb(error.__traceback__) if f.filename == str(file)]
+    where = f"line {lines[-1]}, " if lines else ""
+    return f"{where}{type(error).__name__}: {error}"
 
 
 def load_entry_points() -> None:
@@ -161,8 +169,8 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
     except Exception as error:
         if not cls.__module__.startswith(USER):
             raise
-        where = f"{sys.modules[cls.__module__].__file__}: norm {name!r}"
-        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+        file = Path(str(sys.modules[cls.__module__].__file__))
+        raise ConfigError(f"{file}: norm {name!r}: {where_and_what(error, file)}") from error
     norm.started = {key: p.detach().clone() for key, p in norm.named_parameters()}
     return norm
 
