@@ -95,16 +95,21 @@ class PlacementConfig:
         for group, known in (("attn", ATTN_SLOTS), ("mlp", MLP_SLOTS), ("init", WEIGHTS)):
             for key in getattr(self, group):
                 check_choice(f"placement.{group}", key, known)
-                self.value(f"{group}.{key}", 1, 2, *((float,) if group == "init" else (bool, str)))
-        for key in ("embd", "head"):
-            self.value(key, 1, 2, bool, str)
-        for key in ("alpha", "scale"):
-            self.value(key, 1, 2, float)
         if self.parallel and (self.mlp.get("in") or self.mlp.get("after")):
             raise ConfigError(
                 "placement.parallel=true: the MLP shares attention's `in` and `after`; "
                 "set placement.mlp.in=false placement.mlp.after=false"
             )
+
+    def check_formulas(self, L: int) -> None:
+        """ConfigError where a slot or a number is none, in any of the L blocks."""
+        slots = [f"{group}.{key}" for group in ("attn", "mlp") for key in getattr(self, group)]
+        numbers = ["alpha", "scale", *(f"init.{key}" for key in self.init)]
+        for l in range(1, L + 1):  # noqa: E741
+            for key in ("embd", "head", *slots):
+                self.value(key, l, L, bool, str)
+            for key in numbers:
+                self.value(key, l, L, float)
 
     def value(self, key: str, l: int, L: int, *types: type) -> Any:  # noqa: E741
         """What `alpha` or `attn.in` is in block `l` of `L`, of one of `types`."""
@@ -156,7 +161,8 @@ class OptimConfig:
         for key in ("beta1", "beta2"):
             value = getattr(self, key)
             check(0 <= value < 1, f"optim.{key}", value, "a number in [0, 1)")
-        check(self.min_lr <= self.lr, "optim.min_lr", self.min_lr, f"at most optim.lr={self.lr}")
+        most = f"at most optim.lr={self.lr}, such as optim.min_lr={self.lr / 10:g}"
+        check(self.min_lr <= self.lr, "optim.min_lr", self.min_lr, most)
         check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "an integer >= 0")
 
 
@@ -221,6 +227,7 @@ class Config:
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_choice("tokenizer", self.tokenizer, TOKENIZERS)
         check_device(self.device)
+        self.placement.check_formulas(self.model.n_layer)
         name = self.norm.get("name")
         check(isinstance(name, str), "norm.name", name, "a norm's name")
         for key, value in self.init.items():

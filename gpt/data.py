@@ -222,9 +222,9 @@ class ValBatches:
         return np.linspace(0, available - 1, count).astype(np.int64) * self.block_size
 
     def on(self, device: torch.device, equal: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets, each (B, T); `equal`: without a last batch of fewer windows."""
+        """Inputs and targets, each (B, T); `equal`: without a batch of fewer windows."""
         starts = self.starts()
-        if equal and len(starts) > self.batch_size:
+        if equal:
             starts = starts[: len(starts) // self.batch_size * self.batch_size]
         for i in range(0, len(starts), self.batch_size):
             yield to_device(

@@ -20,6 +20,7 @@ from torch import Tensor
 from gpt.errors import ConfigError, ProcessLost
 
 Value = TypeVar("Value")
+TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # it sets them
 
 
 def world_size() -> int:
@@ -39,6 +40,11 @@ def processes(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    if missing := [key for key in TORCHRUN if key not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {missing[0]}: start with torchrun, "
+            "which sets both, or unset it"
+        )
     if ":" in device:
         raise ConfigError(f"device={device}: each of several processes has its own; say cuda")
     if device == "mps":

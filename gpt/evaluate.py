@@ -20,8 +20,8 @@ def evaluate(
     """Validation loss in nats a token and in bits a byte of text, on always the same windows.
 
     A BatchNorm model is judged with its running statistics; the loss with the batch's own, which
-    generation does not have, stands beside it, over full batches alone: a shorter last one has
-    other statistics.
+    generation does not have, stands beside it, over full batches alone: a shorter one has other
+    statistics. It is left out where the windows do not fill a batch.
     """
 
     def losses(equal: bool = False) -> tuple[float, float]:
@@ -39,7 +39,7 @@ def evaluate(
     model.eval()
     loss, bpb = losses()
     result = {"val_loss": loss, "val_bpb": bpb}
-    if norms_with_batch_stats(model):
+    if norms_with_batch_stats(model) and len(batches.starts()) >= batches.batch_size:
         with batch_statistics(model):
             result["val_loss_batch_stats"], _ = losses(equal=True)
     model.train()

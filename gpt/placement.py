@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from gpt import norms  # noqa: F401  (registers them)
@@ -9,6 +10,7 @@ from gpt.config import Config, PlacementConfig
 from gpt.errors import ConfigError
 from gpt.model import GPT, BlockPlan
 from gpt.norms.registry import build_norm, name_of, norms_of, sizes
+from gpt.seeds import stream_seed
 
 
 def slot(placement: PlacementConfig, site: str, n_layer: int) -> bool | str:
@@ -35,6 +37,11 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
     L = cfg.model.n_layer
 
     def make_norm(site: str, width: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):  # a norm of the user's may draw initial weights
+            torch.manual_seed(stream_seed(cfg.seed, f"init/{site}"))
+            return norm_at(site, width)
+
+    def norm_at(site: str, width: int) -> nn.Module:
         name = slot(cfg.placement, site, L)
         if name is False:
             return nn.Identity()

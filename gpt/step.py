@@ -24,12 +24,13 @@ from gpt.seeds import stream_seed
 
 @dataclass(frozen=True)
 class Row:
-    """A step's numbers, still on the device."""
+    """A step's numbers, still on the device; and what the norms remembered before it."""
 
     step: int
     lr: float
     loss: Tensor
     grad_norm: Tensor
+    memory: dict[str, Tensor]
 
 
 def update(
@@ -53,6 +54,7 @@ def update(
     losses: list[Tensor] = []
     record: stats.Record = {}
     begin_step(model, step, cfg.train.steps)
+    memory = {name: buffer.clone() for name, buffer in model.named_buffers()}
     seed_dropout(cfg, step)
     for x, y in batches.at(step, device):
         watching: AbstractContextManager[None] = nullcontext()
@@ -83,7 +85,7 @@ def update(
     optimizer.zero_grad()
     commit(model)
     state.step = step
-    return Row(step, lr, loss, grad_norm), record
+    return Row(step, lr, loss, grad_norm, memory), record
 
 
 def seed_dropout(cfg: Config, step: int) -> None:
@@ -114,14 +116,16 @@ def is_finite(row: dict[str, Any]) -> bool:
 
 @torch.no_grad()
 def where_not_finite(
-    cfg: Config, state: TrainState, batches: TrainBatches, device: torch.device
+    cfg: Config, state: TrainState, row: Row, batches: TrainBatches, device: torch.device
 ) -> str:
-    """The first site in the forward pass of step `state.step` that is not finite, on any process.
+    """The first site in the forward pass of the step of `row` that is not finite, on any process.
 
     The step is taken again, with the weights that it left as they were.
     """
-    seed_dropout(cfg, state.step)
-    for x, y in batches.at(state.step, device):
+    for name, buffer in state.model.named_buffers():
+        buffer.copy_(row.memory[name])
+    seed_dropout(cfg, row.step)
+    for x, y in batches.at(row.step, device):
         record: stats.Record = {}
         with (
             autocast(device, cfg.dtype),

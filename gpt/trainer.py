@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt import checkpoint, stats
-from gpt.causality import Sight, probe, refuse_leaks
+from gpt.causality import probe, refuse_leaks
 from gpt.checkpoint import TrainState
 from gpt.config import Config, save_config
 from gpt.data import Data, TrainBatches, ValBatches, prepare
@@ -46,6 +46,7 @@ from gpt.optim import make_optimizer
 from gpt.placement import build_model, refuse_single_values
 from gpt.run_dir import locked, refuse_another_configuration, stop_signals
 from gpt.screen import Screen
+from gpt.sight import Sight
 from gpt.step import Row, is_finite, read, update, where_not_finite
 from gpt.surgery import source_sha256, transplant
 from gpt.tokenizer import save_tokenizer, token_bytes
@@ -197,7 +198,11 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
     if world_size() > 1:
         with warnings.catch_warnings():  # torch 2.13 has another name for it, 2.11 has not
             warnings.simplefilter("ignore", FutureWarning)
-            model = DistributedDataParallel(model, broadcast_buffers=False)
+            # A norm of the user's may leave parameters out of some steps; ours do not.
+            own = any(not type(n).__module__.startswith("gpt.") for n in norms_of(model))
+            model = DistributedDataParallel(
+                model, broadcast_buffers=False, find_unused_parameters=own
+            )
     compiled = model
     if cfg.compile:
         torch.compiler.reset()  # what other cells of a sweep have compiled
@@ -235,6 +240,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             if not (reading or collecting or evaluating or saving):
                 continue
             rows = read(unread)
+            last = unread[len(rows) - 1]
             unread.clear()
             seconds = time.perf_counter() - started
             speed = len(rows) * t.batch_size * t.grad_accum * block_size / seconds
@@ -242,12 +248,11 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
                 log.metrics(**values, **leaky, tokens_per_s=round(speed, 1))
             run.screen.steps_done(step, rows[-1]["loss"], None if collecting else speed)
             if not is_finite(rows[-1]):
-                state.step = rows[-1]["step"]
-                site = where_not_finite(cfg, state, batches, device)
+                state.step = last.step
+                site = where_not_finite(cfg, state, last, batches, device)
                 raise Diverged(
                     f"diverged at step {state.step}: loss {rows[-1]['loss']}, gradient norm "
-                    f"{rows[-1]['grad_norm']}, {site}; checkpoints in {run.dir} are from "
-                    "before. Try a smaller optim.lr or another norm"
+                    f"{rows[-1]['grad_norm']}, {site}. Try a smaller optim.lr or another norm"
                 )
             if collecting:
                 log.stats(step, stats.table(record))

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gpt.causality import FUTURE, NEIGHBOURS, UNKNOWN, Sight, probe
+from gpt.causality import probe
 from gpt.config import Config
 from gpt.errors import ConfigError
 from gpt.norms.layer import LayerNorm
-from gpt.norms.registry import begin_step
+from gpt.norms.registry import NORMS, begin_step
 from gpt.placement import build_model
+from gpt.sight import FUTURE, NEIGHBOURS, UNKNOWN, Sight
 from gpt.trainer import train
 from tests.conftest import make_config, read_rows
 from tests.programs import run_program, run_pytest
@@ -261,6 +262,32 @@ def test_a_norm_of_one_s_own_runs_from_the_command_line_and_its_leak_is_found(
     assert missing.stderr == "error: norm module her_norms.py: no such file\n"
 
 
+def test_a_norm_of_one_s_own_draws_its_initial_weights_from_the_run_s_seed(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Random(nn.Module):
+        axes = ()
+
+        def __init__(self, n_embd: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(n_embd))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight
+
+    monkeypatch.setitem(NORMS, "random", Random)
+
+    def weights(seed: int) -> list[torch.Tensor]:
+        torch.randn(1)  # whatever else has drawn
+        model = build_model(config("placement.attn.out=random", f"seed={seed}"), 32)
+        return [block.attn["out"].weight for block in model.h]
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert torch.equal(torch.stack(first), torch.stack(again))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
+
+
 def test_a_norm_of_one_s_own_that_was_edited_is_another(corpus: Path, tmp_path: Path) -> None:
     """Neither is a finished run taken for one by the new code, nor does one go on with it."""
     (tmp_path / "my_norms.py").write_text(OWN)
@@ -286,7 +313,7 @@ def test_a_norm_of_one_s_own_that_was_edited_is_another(corpus: Path, tmp_path: 
     [
         (
             "def forward(self, x): return x.nrm()",
-            "AttributeError: 'Tensor' object has no attribute",
+            "line 14, AttributeError: 'Tensor' object has no attribute",
         ),
         ("def forward(self, x): return None", "its forward gave NoneType; expected a tensor of"),
         ("def forward(self, x): return x[:1]", "its forward gave (1, 2, 8); expected a tensor of"),

@@ -60,7 +60,8 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("train.batch_size=1.5", "train.batch_size: Value '1.5'"),
         ("optim.lr=1e400", "optim.lr=inf: expected a finite number >= 0"),
         ("optim.lr=nan", "optim.lr=nan: expected a finite number >= 0"),
-        ("optim.min_lr=1", "optim.min_lr=1.0: expected at most optim.lr=0.003"),
+        ("optim.lr=1e-4", "optim.min_lr=0.0003: expected at most optim.lr=0.0001, such as "
+         "optim.min_lr=1e-05"),
         ("model.dropout=1", "model.dropout=1.0: expected a number in [0, 1)"),
         ("tokenizer=gpt3", "tokenizer=gpt3: expected bpe | bytes | gpt2; did you mean 'gpt2'?"),
         ("dtype=float16", "dtype=float16: expected auto | float32 | bfloat16"),
@@ -70,6 +71,7 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("placement.alpha=1/l-M", "placement.alpha=1/l-M: expected a finite number, or a formula"),
         ("placement.alpha='import os'", "expected a finite number, or a formula of it in l and L"),
         ("placement.scale='9**9**9**9'", "expected a finite number, or a formula of it in l and L"),
+        ("placement.alpha='1/(l-3)'", "expected a finite number, or a formula of it in l and L"),
         ("placement.attn.in='l*2'", "expected true, false or a norm's name, or a formula"),
         ("placement.init.fc=2", "did you mean 'placement.init.fc2'?"),
         ("placement.parallel=true", "set placement.mlp.in=false"),

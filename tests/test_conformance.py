@@ -1,7 +1,7 @@
 """What every norm must do and be, whatever its name: pytest --norm NAME runs it for one norm.
 
 Nothing here knows a norm, but for `references.py`: a norm that registers itself is tested. One of
-your own: pytest --norm-module my_norms.py --norm NAME.
+your own: pytest --norm-module=my_norms.py --norm NAME.
 """
 
 from __future__ import annotations

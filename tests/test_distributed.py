@@ -26,9 +26,23 @@ def torchrun(*args: str) -> Process:
     return Process([*launch, str(REPO / "scripts/train.py"), *args], REPO, timeout=120)
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To be one of two processes that torchrun has started."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "2" if name.endswith("WORLD_SIZE") else "1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+
+
+def test_without_torchrun_s_other_variables_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as some schedulers leave it
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 without RANK"), processes("cpu"):
+        pass
+
+
 def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
+    pretend(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="2 processes, but 1 CUDA devices"), processes("cuda"):
@@ -37,7 +51,7 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_several_processes_leave_mps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No backend of torch's exchanges its tensors."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    pretend(monkeypatch)
     with pytest.raises(ConfigError, match="device=mps: one process alone"), processes("mps"):
         pass
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -130,6 +144,40 @@ def test_a_divergence_on_any_process_names_its_site(corpus: Path, tmp_path: Path
     told = [line for line in result.stderr.splitlines() if "diverged at step 3" in line]
     assert len(told) == 2
     assert all("first in head (after)" in line for line in told)
+
+
+FADES_IN = """
+import torch
+from torch import nn
+from gpt.norms.registry import register
+
+@register("fades_in")
+class FadesIn(nn.Module):
+    axes = ()
+    late = False
+
+    def __init__(self, n_embd):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+
+    def begin_step(self, step, steps):
+        self.late = 2 * step > steps
+
+    def forward(self, x):
+        return self.weight * x if self.late else x
+"""
+
+
+def test_a_norm_of_one_s_own_may_leave_parameters_out(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(FADES_IN)
+    own = [f"norm.module={tmp_path}/own.py", "placement.head=fades_in"]
+    args = overrides("data=text", f"data.path={corpus}", *own)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert run_program(*args, f"run_dir={alone}").returncode == 0
+    result = run_ranks(*args, f"run_dir={together}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    losses = [[r["loss"] for r in read_rows(d) if "loss" in r] for d in (alone, together)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_second_start_leaves_the_files_of_the_first_alone(corpus: Path, tmp_path: Path) -> None:

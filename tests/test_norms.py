@@ -214,6 +214,7 @@ def test_cuda_layer_never_falls_back_silently() -> None:
         ("prepbn", {"fraction": 0.0}, r"expected a number in \(0, 1\]"),
         ("batch_pos", {"block_size": 0}, "expected a number >= 1"),
         ("group", {"groups": 0}, "expected a number >= 1"),
+        ("group", {"groups": 8}, "norm.groups=8: one feature a group has no spread"),
         ("power", {"warmup_steps": -1}, "expected a number >= 0"),
     ],
 )

@@ -240,11 +240,22 @@ def test_the_first_norm_that_reads_the_stream_adds_the_branch() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["placement.attn.in=l/0", "placement.head=l+1", "placement.alpha=rms"]
+    "override",
+    [
+        "placement.attn.in=l/0",
+        "placement.head=l+1",
+        "placement.alpha=rms",
+        "placement.alpha='1/(l-3)'",
+    ],
 )
 def test_a_formula_of_the_wrong_kind_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="or a formula of it in l and L"):
         make_config("data=pydoc", override)
+
+
+def test_a_formula_need_only_hold_in_the_blocks_that_there_are() -> None:
+    cfg = make_config("data=pydoc", "placement.alpha='1+1/(L-2)'", "model.n_layer=4")
+    assert build_model(cfg, 61).h[0].attn.plan.alpha == 1.5
 
 
 def test_the_run_s_norm_named_in_a_slot_keeps_its_options() -> None:

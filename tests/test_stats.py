@@ -124,6 +124,12 @@ def test_an_angle_far_below_the_rounding_of_its_cosine_is_told() -> None:
     assert angle(x, y).item() == pytest.approx(1e-5 / math.pi, rel=1e-3)
 
 
+def test_a_discrepancy_is_no_place_in_the_forward_pass() -> None:
+    overflowed = torch.tensor(float("inf"))
+    record = {("sites", "head", "tid_std"): overflowed, ("output", "logits", "log_z"): overflowed}
+    assert first_nonfinite(record) == "logits (log_z)"
+
+
 def test_spikes_are_what_lies_six_deviations_off_the_128_before() -> None:
     calm = [(-1.0) ** i for i in range(200)]  # mean 0, deviation 1
     assert spike_score(calm) == 0

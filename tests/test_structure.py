@@ -34,7 +34,7 @@ LAYERS = [
     ["config"],
     ["kernels.nvrtc", "distributed"],
     ["files"],
-    ["errors", "seeds", "formula"],
+    ["errors", "seeds", "formula", "sight"],
     ["__init__", "kernels.__init__"],
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
@@ -145,8 +145,8 @@ def test_the_norm_that_the_readme_adds_passes_the_suite_and_trains(
     blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
     own = tmp_path / "my_norms.py"
     own.write_text(blocks[0])
-    options = ["--norm-module", str(own), "--norm", "length"]
-    suite = run_pytest(*options, "tests/test_conformance.py")
+    assert "pytest --norm-module=my_norms.py --norm length\n" in (REPO / "README.md").read_text()
+    suite = run_pytest(f"--norm-module={own}", "--norm", "length")
     assert suite.returncode == 0, suite.stdout
     assert "passed" in suite.stdout
     args = ["norm=module", f"norm.module={own}", "norm.name=length", "norm.eps=1e-3", "data=text"]

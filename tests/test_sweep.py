@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from gpt.results import load_summaries, print_table
+from gpt.sight import FUTURE, UNKNOWN
 from gpt.sweep import count_cells, progress_table, sweep_dir
 from tests.conftest import TINY
 from tests.programs import run_program
@@ -75,6 +76,13 @@ def test_a_failed_cell_is_named_and_the_others_go_on(corpus: Path, tmp_path: Pat
     assert "error: norm 'cuda_layer' needs a CUDA device" in result.stderr
     assert {s["norm"] for s in cells(tmp_path / "runs")} == {"rms", "layer"}
     assert "best validation loss first" in result.stdout
+    assert "1 of 3 have no result; the same command goes on" in result.stdout
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(tmp_path: Path) -> None:
+    result = run_program("-m", "norm=layer,rms", "hydra/launcher=ray", cwd=tmp_path)
+    assert result.returncode == 78
+    assert result.stderr == ("error: hydra/launcher=ray: not installed; pip install -e '.[ray]'\n")
 
 
 def test_leaky_validation_and_diverged_runs_are_listed_last_and_as_such(
@@ -82,24 +90,28 @@ def test_leaky_validation_and_diverged_runs_are_listed_last_and_as_such(
 ) -> None:
     base = {
         "val_bpb": 2.0, "train_loss": 2.0, "placement": "pre", "batch_size": 4, "seed": 1,
-        "leaky": False, "sees_in_evaluation": [], "tokens_per_s": 1.0,
+        "sees_in_training": [], "sees_in_evaluation": [], "tokens_per_s": 1.0,
     }  # fmt: skip
     for name, extra in {
         "good": {"val_loss": 3.0},
         "longer tokens": {"val_loss": 2.9, "val_bpb": 2.1},
         "worse": {"val_loss": None, "val_bpb": None, "train_loss": None, "diverged_at": 1},
         "bad": {"val_loss": 1.0, "diverged_at": 7},
-        "cheat": {"val_loss": 0.1, "sees_in_evaluation": ["later tokens"]},
+        "cheat": {"val_loss": 0.1, "sees_in_evaluation": [FUTURE]},
+        "odd": {"val_loss": 0.2, "sees_in_training": [UNKNOWN], "sees_in_evaluation": [UNKNOWN]},
     }.items():
         (tmp_path / name).mkdir()
         row = base | {"norm": name} | extra
         (tmp_path / name / "summary.json").write_text(json.dumps(row))
     summaries = load_summaries(tmp_path)
-    assert [s["norm"] for s in summaries] == ["good", "longer tokens", "cheat", "bad", "worse"]
+    order = ["good", "longer tokens", "cheat", "odd", "bad", "worse"]
+    assert [s["norm"] for s in summaries] == order
     print_table(summaries)
     shown = capsys.readouterr().out
     assert "diverged" in shown
-    assert "0.1000 leaky" in shown
+    assert "0.1000 (leaky)" in shown
+    assert "0.2000 (unknown)" in shown
+    assert "2.0000 (unknown)" in shown
 
 
 def test_the_table_names_what_differs(corpus: Path, tmp_path: Path) -> None:

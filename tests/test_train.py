@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from gpt.causality import Sight
 from gpt.config import Config
 from gpt.data import ValBatches
 from gpt.device import peak_memory, reset_peak_memory
 from gpt.errors import Diverged
 from gpt.evaluate import evaluate
 from gpt.placement import build_model
+from gpt.sight import Sight
 from gpt.step import Row, read, update
 from gpt.trainer import train
 from tests.conftest import BUILDABLE, curve, make_config, read_rows
@@ -109,6 +109,7 @@ def test_the_loss_by_the_batch_s_statistics_is_that_of_full_batches() -> None:
         batches = ValBatches(ids[: windows * 8 + 1], 4, 8, max_tokens=windows * 8)
         return evaluate(model, batches, torch.ones(64).long(), torch.device("cpu"), "float32")
 
+    assert "val_loss_batch_stats" not in evaluated(3)
     with_rest, without = evaluated(18), evaluated(16)
     assert with_rest["val_loss_batch_stats"] == without["val_loss_batch_stats"]
     assert with_rest["val_loss"] != without["val_loss"]
@@ -169,7 +170,8 @@ def test_bfloat16_trains_close_to_float32(config: Callable[..., Config], tmp_pat
 def test_steps_after_the_first_that_is_not_finite_are_not_told() -> None:
     """An accelerator has taken them before its losses are read."""
     losses = [2.0, math.nan, 1.0, 1.0]
-    rows = [Row(i, 1e-3, torch.tensor(loss), torch.tensor(1.0)) for i, loss in enumerate(losses)]
+    one = torch.tensor(1.0)
+    rows = [Row(i, 1e-3, torch.tensor(loss), one, {}) for i, loss in enumerate(losses)]
     assert [row["step"] for row in read(rows)] == [0, 1]
     assert len(read(rows[2:])) == 2
 
@@ -216,6 +218,30 @@ def test_a_run_that_diverges_stops_before_the_update_and_names_step_and_site(
     assert checkpoints(tmp_path / "run")[0].name == "step_4"
     assert torch.isfinite(load_model(tmp_path / "run").wte.weight).all()
     assert read_rows(tmp_path / "run")[-1]["loss"] is None
+
+
+@pytest.mark.parametrize("norm", ["batch", "batch_ema", "power"])
+def test_the_site_that_is_named_is_that_of_the_step_itself(
+    norm: str, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever running statistics have become in it: they are put back."""
+    from gpt import trainer
+    from gpt.stats import first_nonfinite
+
+    sites: list[str | None] = []
+
+    def watched(*args: Any) -> Any:
+        row, record = update(*args)
+        with torch.no_grad():  # the step's own record, before its gradients
+            sites.append(first_nonfinite({k: v for k, v in record.items() if k[2] != "grad_norm"}))
+        return row, record
+
+    monkeypatch.setattr(trainer, "update", watched)
+    wild = ["placement=post", "optim.lr=1000", "optim.grad_clip=0", "train.steps=60"]
+    with pytest.raises(Diverged) as error:
+        train(config(f"norm={norm}", *wild, "train.stats_every=1"))
+    expected = f"first in {sites[-1]}" if sites[-1] else "not finite only in the backward pass"
+    assert expected in str(error.value)
 
 
 @pytest.mark.parametrize("fused", [True, False])

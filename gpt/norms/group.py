@@ -32,6 +32,8 @@ class GroupNorm(nn.Module):
         check_at_least(1, groups=groups)
         if n_embd % groups:
             raise ValueError(f"norm.groups={groups}: expected a divisor of {n_embd} features")
+        if groups == n_embd > 1:
+            raise ValueError(f"norm.groups={groups}: one feature a group has no spread")
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(n_embd))  # γ
         self.bias = nn.Parameter(torch.zeros(n_embd))  # β
