@@ -245,7 +245,7 @@ def test_the_first_norm_that_reads_the_stream_adds_the_branch() -> None:
         "placement.attn.in=l/0",
         "placement.head=l+1",
         "placement.alpha=rms",
-        "placement.alpha='1/(l-3)'",
+        "placement.alpha='1/(l-2)'",
     ],
 )
 def test_a_formula_of_the_wrong_kind_is_refused(override: str) -> None:
