@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from gpt import trainer
 from gpt.config import Config
 from gpt.placement import build_model
 from gpt.stats import (
@@ -25,6 +27,7 @@ from gpt.stats import (
     table,
     watch_update,
 )
+from gpt.step import update
 from gpt.trainer import train
 from tests.conftest import curve, make_config, read_rows
 
@@ -252,6 +255,22 @@ def test_the_first_site_that_is_not_finite_is_named() -> None:
     with collect(model, record):
         model(torch.randint(50, (2, 8)))
     assert first_nonfinite(record) == "h.0.mlp.in (after)"
+
+
+def test_statistics_are_taken_in_the_steps_that_ask_for_them_alone(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[set[str]] = []
+
+    def watched(*args: Any) -> Any:
+        row, record = update(*args)
+        groups.append({group for group, *_ in record})
+        return row, record
+
+    monkeypatch.setattr(trainer, "update", watched)
+    trainer.train(config("train.stats_every=3", "train.grad_accum=2"))
+    every = {"sites", "residual", "branches", "attention", "output", "layers"}
+    assert groups == [every, set(), every, set(), set(), every]
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])

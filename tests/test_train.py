@@ -21,6 +21,7 @@ from gpt.data import ValBatches
 from gpt.device import peak_memory, reset_peak_memory
 from gpt.errors import Diverged
 from gpt.evaluate import evaluate
+from gpt.norms.registry import NORMS
 from gpt.placement import build_model
 from gpt.sight import Sight
 from gpt.step import Row, read, update
@@ -242,6 +243,22 @@ def test_the_site_that_is_named_is_that_of_the_step_itself(
         train(config(f"norm={norm}", *wild, "train.stats_every=1"))
     expected = f"first in {sites[-1]}" if sites[-1] else "not finite only in the backward pass"
     assert expected in str(error.value)
+
+
+def test_the_site_is_looked_for_with_the_dropout_of_the_step_itself(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Picky(torch.nn.Identity):
+        axes = ()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            dropped = (x[0, 0, :5] == 0).tolist()
+            return x * math.nan if dropped == [True, False, True, True, False] else x
+
+    monkeypatch.setitem(NORMS, "picky", Picky)
+    first = ["placement.attn.in='picky if l == 1 else layer'", "model.dropout=0.5"]
+    with pytest.raises(Diverged, match=r"first in h.0.attn.in \(after\)"):
+        train(config(*first, "train.steps=300", "train.stats_every=0"))
 
 
 @pytest.mark.parametrize("fused", [True, False])
