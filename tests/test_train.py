@@ -19,7 +19,7 @@ import torch
 from gpt.config import Config
 from gpt.data import ValBatches
 from gpt.device import peak_memory, reset_peak_memory
-from gpt.errors import Diverged
+from gpt.errors import DataError, Diverged
 from gpt.evaluate import evaluate
 from gpt.norms.registry import NORMS
 from gpt.placement import build_model
@@ -311,6 +311,31 @@ def test_an_exploding_learning_rate_exits_17_in_one_line(corpus: Path, tmp_path:
     assert result.returncode == 17
     assert "error: diverged at step" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_run_says_what_it_is_and_whether_its_rate_is_ever_reached(
+    config: Callable[..., Config], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    never = "the run ends before optim.lr is reached"
+    train(config("norm=rms"))
+    out = capsys.readouterr().out
+    assert "norm=rms placement=pre on cpu: 34,528 parameters, " in out
+    assert " bytes of text to train on as " in out
+    assert never not in out
+    train(config("optim.warmup_steps=6", f"run_dir={tmp_path}/short"))
+    assert f"optim.warmup_steps=6: {never}" in capsys.readouterr().out
+
+
+def test_a_run_whose_validation_losses_were_removed_is_one_line(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
+    train(config())
+    (tmp_path / "run" / "DONE").unlink()
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = [line for line in path.read_text().splitlines(True) if "val_loss" not in line]
+    path.write_text("".join(rows))
+    with pytest.raises(DataError, match=r"metrics.jsonl: its rows are gone; use another run_dir"):
+        train(config())
 
 
 def test_the_validation_loss_does_not_depend_on_dropout_or_statistics_of_the_batch(
