@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,18 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds; batches and dropout follow from `step`.
+    """What a checkpoint holds, but for `memory`; batches and dropout follow from `step`.
 
     setting  what must be the same when resuming, beside the configuration: what the run is
              made of, the device and the precision that `auto` stood for
+    memory   the buffers before the step that is being taken, see `gpt.step.remember`
     """
 
     step: int
     model: GPT
     optimizer: torch.optim.Optimizer
     setting: dict[str, Any]
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save(run_dir: Path, state: TrainState, keep: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from gpt.errors import ConfigError, ProcessLost
 
 Value = TypeVar("Value")
-TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # it sets them
+TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # which it sets beside WORLD_SIZE
 
 
 def world_size() -> int:
@@ -43,7 +43,7 @@ def processes(device: str) -> Iterator[None]:
     if missing := [key for key in TORCHRUN if key not in os.environ]:
         raise ConfigError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {missing[0]}: start with torchrun, "
-            "which sets both, or unset it"
+            "which sets both, or unset WORLD_SIZE"
         )
     if ":" in device:
         raise ConfigError(f"device={device}: each of several processes has its own; say cuda")

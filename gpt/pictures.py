@@ -59,9 +59,8 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
         xs = [contexts.index(cell.context) + shift for cell in mine]
         means, halves = zip(*(interval(c.losses.values()) for c in mine), strict=True)
         errors = [math.nan if half is None else half for half in halves]
-        axis.errorbar(
-            xs, means, errors, fmt="o", capsize=3, color=style["color"], label=name_of(mine[0])
-        )
+        name = max((name_of(cell) for cell in mine), key=len)  # with a mark, where one has it
+        axis.errorbar(xs, means, errors, fmt="o", capsize=3, color=style["color"], label=name)
     axis.set_xticks(range(len(contexts)), names)
     axis.set_ylabel(f"validation loss, {UNITS[cells[0].unit]}")
     tidy(axis)

@@ -24,13 +24,12 @@ from gpt.seeds import stream_seed
 
 @dataclass(frozen=True)
 class Row:
-    """A step's numbers, still on the device; and what the norms remembered before it."""
+    """A step's numbers, still on the device."""
 
     step: int
     lr: float
     loss: Tensor
     grad_norm: Tensor
-    memory: dict[str, Tensor]
 
 
 def update(
@@ -54,7 +53,7 @@ def update(
     losses: list[Tensor] = []
     record: stats.Record = {}
     begin_step(model, step, cfg.train.steps)
-    memory = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    remember(state)
     seed_dropout(cfg, step)
     for x, y in batches.at(step, device):
         watching: AbstractContextManager[None] = nullcontext()
@@ -85,7 +84,16 @@ def update(
     optimizer.zero_grad()
     commit(model)
     state.step = step
-    return Row(step, lr, loss, grad_norm, memory), record
+    return Row(step, lr, loss, grad_norm), record
+
+
+def remember(state: TrainState) -> None:
+    """Keep what the norms remember before this step, or before the first that was not finite: the
+    cause is looked for there. Decided on the device, like the update."""
+    lost = getattr(state.optimizer, "found_inf", None)  # there from the first fused update on
+    for name, buffer in state.model.named_buffers():
+        kept = state.memory.get(name, buffer)
+        state.memory[name] = buffer.clone() if lost is None else torch.where(lost > 0, kept, buffer)
 
 
 def seed_dropout(cfg: Config, step: int) -> None:
@@ -116,16 +124,17 @@ def is_finite(row: dict[str, Any]) -> bool:
 
 @torch.no_grad()
 def where_not_finite(
-    cfg: Config, state: TrainState, row: Row, batches: TrainBatches, device: torch.device
+    cfg: Config, state: TrainState, batches: TrainBatches, device: torch.device
 ) -> str:
-    """The first site in the forward pass of the step of `row` that is not finite, on any process.
+    """The first site in the forward pass of step `state.step` that is not finite, on any process.
 
     The step is taken again, with the weights that it left as they were.
     """
+    begin_step(state.model, state.step, cfg.train.steps)
     for name, buffer in state.model.named_buffers():
-        buffer.copy_(row.memory[name])
-    seed_dropout(cfg, row.step)
-    for x, y in batches.at(row.step, device):
+        buffer.copy_(state.memory[name])
+    seed_dropout(cfg, state.step)
+    for x, y in batches.at(state.step, device):
         record: stats.Record = {}
         with (
             autocast(device, cfg.dtype),

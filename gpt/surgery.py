@@ -32,15 +32,11 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     there = load_config(source / "config.yaml")
     for group in ("model", "placement", *(() if cfg.init["swap_norm"] else ("norm",))):
         a, b = (flatten(as_dict(getattr(c, group)), ".") for c in (there, cfg))
-        differing = [
-            f"{group}.{key}={a.get(key)}" for key in {**a, **b} if a.get(key) != b.get(key)
-        ]
-        if differing:
-            named = [key for key in differing if key.startswith(f"{group}.name=")]
-            theirs = " ".join(named or differing)  # with a name come all other keys
-            hint = (
-                f", or instead of it init.swap_norm={cfg.norm['name']}" if group == "norm" else ""
-            )
+        keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+        if keys:
+            told = ["name"] if "name" in keys else keys  # with a name come all other keys
+            theirs = " ".join(f"{group}.{key}={a.get(key)}" for key in told)
+            hint = f", or instead of it init.swap_norm={b['name']}" if group == "norm" else ""
             raise ConfigError(f"init.from={source}: it has {theirs}; say so here too{hint}")
     if fingerprint(load_tokenizer(source / "tokenizer.json")) != tokens:
         raise ConfigError(

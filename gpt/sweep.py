@@ -46,7 +46,9 @@ def sweep_dir(argv: list[str]) -> Path | None:
 def refuse_sweep(argv: list[str]) -> None:
     """ConfigError where the command says what only a single run can have."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError("a sweep's cells run in one process each: start it without torchrun")
+        raise ConfigError(
+            "a sweep's cells run in one process each: start without torchrun, or unset WORLD_SIZE"
+        )
     for arg in argv:
         if arg.startswith("run_dir="):
             raise ConfigError(f"{arg}: a sweep's runs have their own; hydra.sweep.dir=DIR for all")
@@ -144,10 +146,11 @@ def live_table(folder: Path, total: int | None) -> Iterator[None]:
 
 
 def show_results(folder: Path, total: int | None) -> None:
-    """The table of a sweep's runs, of the `total` that were asked for, if there are any."""
+    """The table of a sweep's runs, if there are any. total: how many its folder should have."""
     summaries = load_summaries(folder)
     if summaries:
         print_table(summaries)
-        if total and len(summaries) < total:
-            print(f"{total - len(summaries)} of {total} have no result; the same command goes on")
+        missing = (total or 0) - len(summaries)
+        if missing > 0:
+            print(f"{missing} of {total} have no result; the same command tries again")
         print(f"python scripts/report.py {shlex.quote(str(folder))}   makes a page of it")

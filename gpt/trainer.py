@@ -240,7 +240,6 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             if not (reading or collecting or evaluating or saving):
                 continue
             rows = read(unread)
-            last = unread[len(rows) - 1]
             unread.clear()
             seconds = time.perf_counter() - started
             speed = len(rows) * t.batch_size * t.grad_accum * block_size / seconds
@@ -248,8 +247,8 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
                 log.metrics(**values, **leaky, tokens_per_s=round(speed, 1))
             run.screen.steps_done(step, rows[-1]["loss"], None if collecting else speed)
             if not is_finite(rows[-1]):
-                state.step = last.step
-                site = where_not_finite(cfg, state, last, batches, device)
+                state.step = rows[-1]["step"]
+                site = where_not_finite(cfg, state, batches, device)
                 raise Diverged(
                     f"diverged at step {state.step}: loss {rows[-1]['loss']}, gradient norm "
                     f"{rows[-1]['grad_norm']}, {site}. Try a smaller optim.lr or another norm"

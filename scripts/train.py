@@ -76,9 +76,10 @@ if __name__ == "__main__":
     else:
         cli.run(partial(refuse_sweep, sys.argv[1:]))
         total = count_cells(sys.argv[1:])
+        shared = any(arg.startswith("hydra.sweep.dir=") for arg in sys.argv)  # with other commands
         sys.argv.append(f"hydra.sweep.dir={folder}")
         try:
             with live_table(folder, total):
                 cli.run(main)
         finally:
-            cli.run(partial(show_results, folder, total))
+            cli.run(partial(show_results, folder, None if shared else total))

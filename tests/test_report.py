@@ -190,6 +190,7 @@ def test_the_pictures_are_of_the_best_learning_rates_and_of_no_leak(folder: Path
 def test_what_a_norm_sees_is_said_in_legends_tables_and_words(tmp_path: Path) -> None:
     summary(tmp_path, "layer", 1, 3.0)
     summary(tmp_path, "batch", 1, 2.9, sees_in_training=[FUTURE])
+    summary(tmp_path / "a", "batch", 1, 3.1, placement="none")  # no slot has it
     summary(tmp_path, "odd", 1, 2.8, sees_in_training=[UNKNOWN], sees_in_evaluation=[UNKNOWN])
     cells = make_cells(load_summaries(tmp_path))
     figure = pictures.draw_losses([c for c in cells if not c.void])
