@@ -106,6 +106,12 @@ class Cell:
         return f"{lost} of {len(self.runs)} diverged" if lost else ""
 
 
+def legend(cells: list[Cell]) -> str:
+    """The name of the norm that they share, with a mark where all or some of them have one."""
+    names = {cell.marked(cell.norm) for cell in cells}
+    return names.pop() if len(names) == 1 else f"{cells[0].norm} (leaky in part)"
+
+
 def make_cells(summaries: list[Summary]) -> list[Cell]:
     """Of runs that are equal in all, the seed too, one is taken, whatever its loss."""
     texts = {(s["tokenizer"], s["corpus_sha256"]) for s in summaries}

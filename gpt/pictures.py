@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from gpt.cells import UNITS, Cell, curve, curve_limits, in_order, interval, ordered, tuned
+from gpt.cells import UNITS, Cell, curve, curve_limits, in_order, interval, legend, ordered, tuned
 from gpt.files import read_jsonl
 
 COLUMNS = 3  # panels beside one another
@@ -59,7 +59,7 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
         xs = [contexts.index(cell.context) + shift for cell in mine]
         means, halves = zip(*(interval(c.losses.values()) for c in mine), strict=True)
         errors = [math.nan if half is None else half for half in halves]
-        name = max((name_of(cell) for cell in mine), key=len)  # with a mark, where one has it
+        name = wrapped(legend(mine))
         axis.errorbar(xs, means, errors, fmt="o", capsize=3, color=style["color"], label=name)
     axis.set_xticks(range(len(contexts)), names)
     axis.set_ylabel(f"validation loss, {UNITS[cells[0].unit]}")

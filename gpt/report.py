@@ -20,6 +20,7 @@ from gpt.cells import (
     curve_limits,
     in_order,
     interval,
+    legend,
     ordered,
     tuned,
 )
@@ -38,8 +39,8 @@ def figure_losses(cells: list[Cell]) -> go.Figure | None:
         mine = [c for c in shown if c.norm == norm]
         points = [(c.context, *interval(c.losses.values())) for c in mine]
         contexts, means, halves = zip(*points, strict=True)
-        bars, name = {"array": list(halves)}, max((c.marked(norm) for c in mine), key=len)
-        figure.add_scatter(x=contexts, y=means, error_y=bars, mode="markers", name=name)
+        bars = {"array": list(halves)}
+        figure.add_scatter(x=contexts, y=means, error_y=bars, mode="markers", name=legend(mine))
     figure.update_xaxes(categoryorder="array", categoryarray=ordered({c.context for c in shown}))
     figure.update_traces(marker_size=9)
     values = [loss for c in shown for loss in c.losses.values()]

@@ -190,15 +190,16 @@ def test_the_pictures_are_of_the_best_learning_rates_and_of_no_leak(folder: Path
 def test_what_a_norm_sees_is_said_in_legends_tables_and_words(tmp_path: Path) -> None:
     summary(tmp_path, "layer", 1, 3.0)
     summary(tmp_path, "batch", 1, 2.9, sees_in_training=[FUTURE])
-    summary(tmp_path / "a", "batch", 1, 3.1, placement="none")  # no slot has it
+    summary(tmp_path / "a", "rms", 1, 3.1, placement="none")
+    summary(tmp_path, "rms", 1, 3.1, sees_in_training=[FUTURE])  # of a slot's own norm
     summary(tmp_path, "odd", 1, 2.8, sees_in_training=[UNKNOWN], sees_in_evaluation=[UNKNOWN])
     cells = make_cells(load_summaries(tmp_path))
     figure = pictures.draw_losses([c for c in cells if not c.void])
     assert figure is not None
     labels = [c.get_label() for c in figure.axes[0].containers]
-    assert labels == ["batch (leaky in training)", "layer"]
+    assert labels == ["batch (leaky in training)", "layer", "rms (leaky in part)"]
     curves = [trace.name for trace in report.figure_curves(cells).data]
-    assert curves[-1] == "odd-pre-bs4 (unknown in evaluation)"
+    assert "odd-pre-bs4 (unknown in evaluation)" in curves
     words = "\n".join(findings.plain_words(cells, Baseline()))
     assert "No result, for evaluation may see what it must not: odd-pre-bs4." in words
     rows = {row["cell"]: row for row in findings.table(cells, Baseline())}
