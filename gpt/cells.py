@@ -109,7 +109,8 @@ class Cell:
 def legend(cells: list[Cell]) -> str:
     """The name of the norm that they share, with a mark where all or some of them have one."""
     names = {cell.marked(cell.norm) for cell in cells}
-    return names.pop() if len(names) == 1 else f"{cells[0].norm} (leaky in part)"
+    seen = [what for cell in cells for what in cell.sees("training") + cell.sees("evaluation")]
+    return names.pop() if len(names) == 1 else f"{cells[0].norm} ({verdict(seen)} in part)"
 
 
 def make_cells(summaries: list[Summary]) -> list[Cell]:

@@ -26,8 +26,7 @@ from gpt.errors import IO_ERROR, ConfigError, Diverged, UserError, nearest
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRACEBACK = "GPT_TRACEBACK"  # set it to see the whole traceback of an error
 EXAMPLES = {"sample.py": "run_dir=DIR", "prepare.py": "data=stdlib"}  # of an override
-EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_local": "submitit",
-          "submitit_slurm": "submitit"}  # fmt: skip
+LAUNCHERS = ("joblib", "ray", "submitit_local", "submitit_slurm")  # each of an extra of its name
 
 
 Job = Callable[[DictConfig], None]
@@ -116,8 +115,8 @@ def explain_hydra(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         options = sorted(error.options)
-        if group == "hydra/launcher" and name in EXTRAS:
-            return f"{group}={name}: not installed; pip install -e '.[{EXTRAS[name]}]'"
+        if group == "hydra/launcher" and name in LAUNCHERS:
+            return f"{group}={name}: not installed; pip install -e '.[{name.partition('_')[0]}]'"
         missing = f"{group}={name}: there is no configs/{group}/{name}.yaml"
         return f"{missing}; expected one of {', '.join(options)}{nearest(name, options)}"
     if isinstance(error, OverrideParseException):

@@ -2,7 +2,8 @@
 
 NANOGPT is a clone of github.com/karpathy/nanoGPT. Its model, with biases, and its optimizer take
 the steps of its train.py, in turns with those of the default run or what OVERRIDES make of it (A B
-A B …), on the same batch: the medians, and their ratio. No run is written.
+A B …), on the same batch: the medians, and their ratio. On CUDA nanoGPT has our deterministic
+kernels then, and not its TF32. No run is written.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_a_failed_cell_is_named_and_the_others_go_on(corpus: Path, tmp_path: Pat
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(tmp_path: Path) -> None:
     result = run_program("-m", "norm=layer,rms", "hydra/launcher=ray", cwd=tmp_path)
     assert result.returncode == 78
-    assert result.stderr == ("error: hydra/launcher=ray: not installed; pip install -e '.[ray]'\n")
+    assert result.stderr == "error: hydra/launcher=ray: not installed; pip install -e '.[ray]'\n"
 
 
 def test_leaky_validation_and_diverged_runs_are_listed_last_and_as_such(
