@@ -33,9 +33,9 @@ class Baseline:
     value: str = "layer"
 
     def is_it(self, cell: Cell) -> bool:
-        value = cell.traits.get(self.key)
+        value = cell.value(self.key)
         with suppress(ValueError, TypeError):
-            return float(value) == float(self.value)  # type: ignore[arg-type]
+            return float(value) == float(self.value)
         return str(value) == self.value
 
 
@@ -55,6 +55,10 @@ class Cell:
     @property
     def label(self) -> str:
         return label(self.traits)
+
+    def value(self, key: str) -> Any:
+        """What it has there, also where its label leaves it unsaid; None where nothing."""
+        return self.traits.get(key, read_config(self.runs[0]["run_dir"]).get(key))
 
     @property
     def setting(self) -> str:
@@ -184,12 +188,30 @@ def curve(run_dir: str, unit: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 
 def curve_limits(cells: list[Cell]) -> tuple[float, float]:
-    """An axis for their curves. Of a diverged run the first loss counts: its last have no bound."""
-    runs = [(run, cell.unit) for cell in cells for run in cell.runs]
-    parts = [curve(r["run_dir"], u)[1][: 1 if "diverged_at" in r else None] for r, u in runs]
-    values = [value for part in parts for value in part]
+    """An axis for their curves, without what is far above a run's first loss, and without what a
+    diverged run rose to: neither has a bound."""
+    values = []
+    for cell in cells:
+        for run in cell.runs:
+            losses = curve(run["run_dir"], cell.unit)[1]
+            top = losses[0] * (1 if "diverged_at" in run else 1.5) if losses else 0
+            values += [loss for loss in losses if loss <= top]
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 0.04 * (high - low) + 0.01
+    return low - margin, high + margin
+
+
+def final_limits(cells: list[Cell], stretch: float = 1.0) -> tuple[float, float]:
+    """An axis for their final losses, without what is far above where the runs began. Intervals
+    lengthen it by `stretch` of itself at either end at most: a few seeds' may be endless."""
+    top = curve_limits(cells)[1]
+    points = [interval(cell.losses.values()) for cell in cells if cell.losses]
+    points = [(mean, half) for mean, half in points if mean <= top] or points
+    lowest, highest = min(mean for mean, _ in points), max(mean for mean, _ in points)
+    room = stretch * (highest - lowest) + 0.01
+    low = max(min(mean - (half or 0) for mean, half in points), lowest - room)
+    high = min(max(mean + (half or 0) for mean, half in points), highest + room)
+    margin = 0.05 * (high - low) + 0.005
     return low - margin, high + margin
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from gpt.cells import UNITS, Cell, curve, curve_limits, in_order, interval, legend, ordered, tuned
+from gpt.cells import (
+    UNITS,
+    Cell,
+    curve,
+    curve_limits,
+    final_limits,
+    in_order,
+    interval,
+    legend,
+    ordered,
+    tuned,
+)
 from gpt.files import read_jsonl
 
 COLUMNS = 3  # panels beside one another
@@ -45,26 +57,37 @@ def draw(cells: list[Cell], folder: Path) -> list[Path]:
 
 
 def draw_losses(cells: list[Cell]) -> Figure | None:
-    """Final validation loss with its 95% interval over seeds: norms beside one another."""
-    cells = [cell for cell in cells if cell.losses]
+    """Final validation loss with its 95% interval over seeds, a line a cell."""
+    cells = [cell for cell in in_order(cells) if cell.losses]
     if not cells:
         return None
-    contexts, styles = ordered({c.context for c in cells}), norm_styles(cells)
-    names = [wrapped(context, 16) for context in contexts]
-    height = 3.6 + 0.2 * max(name.count("\n") + 1 for name in names)
-    figure, axis = plt.subplots(figsize=(2 + 1.2 * len(contexts), height), layout="constrained")
-    for i, (norm, style) in enumerate(styles.items()):
+    groups = [(wrapped(c, 40), list(g)) for c, g in groupby(cells, key=lambda c: c.context)]
+    depths = [max(len(group), name.count("\n") + 1) + 1 for name, group in groups]  # in lines
+    middles = np.cumsum(depths) - np.array(depths) / 2
+    ys = {
+        cell.label: middle + i - (len(group) - 1) / 2
+        for middle, (_, group) in zip(middles, groups, strict=True)
+        for i, cell in enumerate(group)
+    }
+    size = (8.5, 0.8 + 0.17 * max(sum(depths), 10))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    low, high = final_limits(cells)
+    for i, (norm, style) in enumerate(norm_styles(cells).items()):
         mine = [cell for cell in cells if cell.norm == norm]
-        shift = 0.5 * (i - (len(styles) - 1) / 2) / len(styles)
-        xs = [contexts.index(cell.context) + shift for cell in mine]
         means, halves = zip(*(interval(c.losses.values()) for c in mine), strict=True)
         errors = [math.nan if half is None else half for half in halves]
-        name = wrapped(legend(mine))
-        axis.errorbar(xs, means, errors, fmt="o", capsize=3, color=style["color"], label=name)
-    axis.set_xticks(range(len(contexts)), names)
-    axis.set_ylabel(f"validation loss, {UNITS[cells[0].unit]}")
+        lines = [ys[cell.label] for cell in mine]
+        look = {"fmt": "os^D"[i // 10 % 4], "markersize": 4, "capsize": 3, "color": style["color"]}
+        axis.errorbar(means, lines, xerr=errors, label=wrapped(legend(mine)), **look)
+        for mean, y in zip(means, lines, strict=True):
+            if mean > high:
+                axis.text(high, y, f"{mean:.4g} → ", ha="right", va="center", color=style["color"])
+    axis.set_xlim(low, high)
+    axis.set_yticks(middles, [name for name, _ in groups])
+    axis.set_ylim(sum(depths), 0)
+    axis.set_xlabel(f"validation loss, {UNITS[cells[0].unit]}")
     tidy(axis)
-    axis.legend(frameon=False, title="norm")
+    figure.legend(frameon=False, loc="outside right center")
     return figure
 
 
@@ -87,8 +110,7 @@ def draw_lr(cells: list[Cell]) -> Figure | None:
     """Final validation loss by peak learning rate, with 95% intervals over seeds; a cross at the
     top where a run diverged."""
     cells = sorted((cell for cell in cells if cell.lr > 0), key=lambda c: c.lr)
-    points = [interval(cell.losses.values())[0] for cell in cells if cell.losses]
-    if len({cell.lr for cell in cells}) < 2 or not points:
+    if len({cell.lr for cell in cells}) < 2 or not any(cell.losses for cell in cells):
         return None
     figure, panels, styles = panels_by_context(cells)
     for setting in dict.fromkeys(cell.setting for cell in cells):
@@ -104,9 +126,8 @@ def draw_lr(cells: list[Cell]) -> Figure | None:
         height = 0.96 - 0.06 * list(styles).index(mine[0].norm)
         top = axis.get_xaxis_transform()
         axis.plot(lost, [height] * len(lost), "x", color=style["color"], transform=top)
-    margin = 0.1 * (max(points) - min(points)) + 0.01
     for axis in panels.values():
-        axis.set_ylim(min(points) - margin, max(points) + margin)  # two seeds' bars may go beyond
+        axis.set_ylim(final_limits(cells, stretch=0.1))
         axis.set_xscale("log")
         axis.set_xticks(sorted({c.lr for c in cells}), minor=False)
         axis.xaxis.set_major_formatter("{x:g}")

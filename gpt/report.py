@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import json
 import math
+import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from gpt.cells import (
     Summary,
     curve,
     curve_limits,
+    final_limits,
     in_order,
     interval,
     legend,
@@ -30,29 +33,30 @@ from gpt.results import read_config
 
 
 def figure_losses(cells: list[Cell]) -> go.Figure | None:
-    """Final validation loss, a panel for each context, a point a norm, with its interval."""
+    """Final validation loss with its 95% interval, a row for each context, a point a norm."""
     shown = [c for c in cells if c.losses and not c.void]
     if not shown:
         return None
     figure = go.Figure()
     for norm in sorted({c.norm for c in shown}):
         mine = [c for c in shown if c.norm == norm]
-        points = [(c.context, *interval(c.losses.values())) for c in mine]
-        contexts, means, halves = zip(*points, strict=True)
-        bars = {"array": list(halves)}
-        figure.add_scatter(x=contexts, y=means, error_y=bars, mode="markers", name=legend(mine))
-    figure.update_xaxes(categoryorder="array", categoryarray=ordered({c.context for c in shown}))
-    figure.update_traces(marker_size=9)
-    values = [loss for c in shown for loss in c.losses.values()]
-    intervals = [interval(c.losses.values()) for c in shown]
-    ends = [(mean - (half or 0), mean + (half or 0)) for mean, half in intervals]
-    span = max(values) - min(values) + 0.01  # beyond it a bar is cut: a few seeds' may be endless
-    low = max(min([low for low, _ in ends] + values), min(values) - span)
-    high = min(max([high for _, high in ends] + values), max(values) + span)
-    figure.update_yaxes(range=[low - 0.05 * span, high + 0.05 * span])
+        means, halves = zip(*(interval(c.losses.values()) for c in mine), strict=True)
+        places = [on_lines(c.context) for c in mine]
+        figure.add_scatter(x=means, y=places, error_x={"array": halves}, name=legend(mine))
+    figure.update_traces(mode="markers", orientation="h", marker_size=7)
+    contexts = [on_lines(context) for context in ordered({c.context for c in shown})]
+    figure.update_yaxes(categoryorder="array", categoryarray=contexts[::-1])
+    figure.update_xaxes(range=final_limits(shown))
     title = "Final validation loss, 95% intervals over seeds"
-    figure.update_layout(title=title, scattermode="group", yaxis_title=UNITS[shown[0].unit])
+    fullest = max(Counter(c.context for c in shown).values())
+    lines = max(fullest + 1, *(context.count("<br>") + 2 for context in contexts))
+    size = {"height": 150 + 15 * lines * len(contexts)}
+    figure.update_layout(title=title, scattermode="group", xaxis_title=UNITS[shown[0].unit], **size)
     return figure
+
+
+def on_lines(name: str) -> str:
+    return "<br>".join(textwrap.wrap(name, 50))
 
 
 def figure_curves(cells: list[Cell]) -> go.Figure:
@@ -68,7 +72,7 @@ def figure_curves(cells: list[Cell]) -> go.Figure:
                 y=values,
                 mode="lines+markers" if "diverged_at" in run else "lines",
                 marker={"symbol": "x", "size": [0] * (len(steps) - 1) + [9]},
-                name=cell.marked(cell.label),
+                name=on_lines(cell.marked(cell.label)),
                 legendgroup=cell.label,
                 showlegend=j == 0,
                 line={"color": color},
@@ -85,24 +89,23 @@ def figure_lr(cells: list[Cell]) -> go.Figure | None:
     A cross at the top where a run diverged: the mean beside it is that of the others.
     """
     shown = sorted((c for c in cells if not c.void and math.isfinite(c.lr)), key=lambda c: c.lr)
-    means = [interval(c.losses.values())[0] for c in shown if c.losses]
     settings = list(dict.fromkeys(c.setting for c in shown))
-    if len(settings) == len(shown) or not means:
+    if len(settings) == len(shown) or not any(c.losses for c in shown):
         return None
-    low, high = min(means), max(means)
-    step = 0.05 * (high - low) + 0.01
+    low, high = final_limits(shown, stretch=0.1)
+    margin = 0.1 * (high - low)
     figure = go.Figure()
     for i, setting in enumerate(settings):
         mine = [c for c in shown if c.setting == setting]
         points = [(c.lr, *interval(c.losses.values())) for c in mine if c.losses]
         xs, ys, errors = zip(*points, strict=True) if points else ((), (), ())
-        style = {"name": mine[0].marked(setting), "legendgroup": setting}
+        style = {"name": on_lines(mine[0].marked(setting)), "legendgroup": setting}
         color = f"hsl({360 * i / len(settings):.0f} 65% 45%)"
         figure.add_scatter(x=xs, y=ys, error_y={"array": errors}, line={"color": color}, **style)
         lost = [c for c in mine if c.diverged]
         figure.add_scatter(
             x=[c.lr for c in lost],
-            y=[high + 2 * step] * len(lost),
+            y=[high + margin] * len(lost),
             text=[c.diverged for c in lost],
             mode="markers",
             marker={"symbol": "x", "size": 9, "color": color},
@@ -110,7 +113,7 @@ def figure_lr(cells: list[Cell]) -> go.Figure | None:
             **style,
         )
     figure.update_xaxes(type="log")
-    figure.update_yaxes(range=[low - step, high + 3 * step])  # two seeds' bars may go beyond
+    figure.update_yaxes(range=[low, high + 2 * margin])
     title = "Final validation loss by peak learning rate"
     figure.update_layout(title=title, xaxis_title="optim.lr", yaxis_title=UNITS[shown[0].unit])
     return figure
@@ -203,6 +206,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
 th, td { border-bottom: 1px solid #ddd; padding: .3em .7em; text-align: left; white-space: nowrap }
+td:first-child { white-space: normal; min-width: 24em }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em } select { max-width: 100% }
 """
 
@@ -218,7 +222,7 @@ def curves(cells: list[Cell]) -> str:
     plots = ""
     for figure in figures:
         if figure is not None:
-            figure.update_layout(template="plotly_white", height=460)
+            figure.update_layout(template="plotly_white")
             plots += figure.to_html(full_html=False, include_plotlyjs=not plots)
     return plots
 

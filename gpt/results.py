@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from gpt.sight import marked
 # Keys that tell no run apart: where it ran, and how often it was looked at or saved.
 UNSEEN = {"wandb.mode", "wandb.project", "device", "train.eval_every", "train.stats_every",
           "train.checkpoint_every", "train.keep_checkpoints"}  # fmt: skip
+# Keys that every label has, or that are the run's own.
+LABELLED = {"norm.name", "placement.name", "train.batch_size", "seed", "run_dir"}
 # What runs are made of beside their configuration, and its name where it differs between them.
 SOURCES = {"corpus_sha256": "text", "init_sha256": "init.weights", "norm_sha256": "norm.code"}
 
@@ -50,7 +53,8 @@ def unfinished(*folders: Path) -> int:
 def print_table(summaries: list[dict[str, Any]]) -> None:
     """One line a run. Leaky losses are marked: they are not comparable, never ranked."""
     labels = [label(traits) for traits in distinguish(summaries)]
-    table = Table(title="best validation loss first", title_justify="left")
+    table = Table(title="best validation loss first", title_justify="left", caption_justify="left")
+    table.caption = unsaid(summaries)
     table.add_column("run", overflow="fold")
     for column in ("val loss", "bits/byte", "train loss", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -77,30 +81,58 @@ def read_config(run_dir: str) -> dict[str, Any]:
 
 
 def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What tells each run from the others: what all labels have, and any other key that differs."""
+    """What tells each run from the others: what all labels have, and any other key that differs,
+    unless most runs have its value (`unsaid`)."""
     configs = [read_config(s["run_dir"]) for s in summaries]
-    named = {"norm.name", "placement.name", "train.batch_size", "seed", "run_dir"}
     several = [k for k in SOURCES if len({s.get(k) for s in summaries} - {None}) > 1]
-    keys = sorted({key for config in configs for key in config} - named - UNSEEN)
-
-    def group(config: dict[str, Any], key: str) -> tuple[str, Any]:
-        """A norm's eps differs from another norm's: only runs of the same norm are compared."""
-        name = key.split(".")[0] + ".name"
-        return key, config.get(name) if name in named else None
-
-    values: dict[tuple[str, Any], set[str]] = {}
-    for config in filter(None, configs):
-        for key in keys:
-            values.setdefault(group(config, key), set()).add(str(config.get(key)))
+    values = variety(configs)
+    plain = majorities(values)
     found = []
     for s, config in zip(summaries, configs, strict=True):
         head = ("norm", s["norm"]), ("placement", s["placement"])
         traits = dict([*head, ("train.batch_size", s["batch_size"]), ("seed", s["seed"])])
-        for key in keys:
-            if config.get(key) is not None and len(values[group(config, key)]) > 1:
-                traits[key] = config[key]
+        for key, value in sorted(config.items()):
+            which = peers(config, key)
+            if which in values and value is not None and str(value) != plain.get(which):
+                traits[key] = value
         traits |= {SOURCES[k]: s[k][:8] for k in several if s.get(k)}
         found.append(traits)
+    return found
+
+
+def unsaid(summaries: list[dict[str, Any]]) -> str:
+    """A sentence: which keys have their usual value where a label does not name them. Or empty."""
+    plain = majorities(variety([read_config(s["run_dir"]) for s in summaries]))
+    said = [f"{key}={plain[key, name]}" + f" ({name})" * bool(name) for key, name in plain]
+    return f"Where a name does not say otherwise: {', '.join(said)}." if said else ""
+
+
+def peers(config: dict[str, Any], key: str) -> tuple[str, str]:
+    """Runs whose values of `key` are compared: a norm's eps differs from another norm's, so only
+    those of the same norm are."""
+    name = key.split(".")[0] + ".name"
+    return key, config.get(name, "") if name in LABELLED else ""
+
+
+def variety(configs: list[dict[str, Any]]) -> dict[tuple[str, str], Counter[str]]:
+    """How many runs have which value, of the keys that differ and that no label has anyway."""
+    configs = [config for config in configs if config]
+    keys = sorted({key for config in configs for key in config} - LABELLED - UNSEEN)
+    values: dict[tuple[str, str], Counter[str]] = {}
+    for config in configs:
+        for key in keys:
+            values.setdefault(peers(config, key), Counter())[str(config.get(key))] += 1
+    return {which: counts for which, counts in values.items() if len(counts) > 1}
+
+
+def majorities(values: dict[tuple[str, str], Counter[str]]) -> dict[tuple[str, str], str]:
+    """The value that more than half of the runs have, where none has none; but of the learning
+    rate, for each cell has its best one."""
+    found = {}
+    for (key, name), counts in values.items():
+        value, n = counts.most_common(1)[0]
+        if 2 * n > counts.total() and "None" not in counts and key != "optim.lr":
+            found[key, name] = value
     return found
 
 

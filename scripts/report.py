@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gpt import cli
 from gpt.errors import MissingInput, UserError, nearest
-from gpt.results import load_summaries, print_table, unfinished
+from gpt.results import load_summaries, print_table, unfinished, unsaid
 
 
 def main() -> None:
@@ -36,13 +36,15 @@ def main() -> None:
     if chosen:
         _, key, value = [*chosen[-1].split("=", 2), ""][:3]
         versus = Baseline(key, value)
-        if not any(versus.is_it(cell) for cell in cells):
-            keys = sorted({key for cell in cells for key in cell.traits})
-            there = sorted({str(cell.traits[key]) for cell in cells if key in cell.traits})
-            expected = f"expected baseline={key}=VALUE with one of {', '.join(there)}"
-            if not there:
-                expected = f"expected KEY=VALUE with one of {', '.join(keys)}{nearest(key, keys)}"
-            raise UserError(f"{chosen[-1]}: {expected}")
+        keys = sorted({key for cell in cells for key in cell.traits})
+        there = sorted({str(cell.value(key)) for cell in cells} - {"None"})
+        expected = ""
+        if key not in keys:
+            expected = f"KEY=VALUE with one of {', '.join(keys)}{nearest(key, keys)}"
+        elif not any(versus.is_it(cell) for cell in cells):
+            expected = f"baseline={key}=VALUE with one of {', '.join(there)}"
+        if expected:
+            raise UserError(f"{chosen[-1]}: expected {expected}")
     print_table(summaries)
     left = unfinished(*folders)
     again = len(summaries) - sum(len(cell.runs) for cell in cells)
@@ -50,6 +52,7 @@ def main() -> None:
     notes += [f"Runs that repeat another's, seed and all, left out: {again}."] if again else []
     print(*notes, sep="\n", end="\n" if notes else "")
     title = " and ".join(str(folder) for folder in folders)
+    notes = [*filter(None, [unsaid(summaries)]), *notes]
     paths = report.write(cells, folders[0], title, versus, notes)
     for path in [*paths, *pictures.draw(cells, folders[0])]:
         print(path)

@@ -9,7 +9,7 @@ import pytest
 
 from gpt import findings
 from gpt.cells import Baseline, baseline, difference, interval, make_cells, ordered, tuned
-from gpt.results import load_summaries
+from gpt.results import load_summaries, unsaid
 from tests.made_runs import summary
 from tests.programs import run_program
 
@@ -161,3 +161,25 @@ def test_runs_made_of_different_things_are_no_cell(key: str, tmp_path: Path) -> 
     for seed, digest in ((1, "a"), (2, "a"), (3, "b")):
         summary(tmp_path, "layer", seed, 3.0, **{key: digest * 64})
     assert [len(cell.runs) for cell in make_cells(load_summaries(tmp_path))] == [2, 1]
+
+
+def test_labels_name_what_most_runs_have_not(tmp_path: Path) -> None:
+    """Of rms all three have another eps, so all are named; a swept rate has no majority."""
+    runs = [("layer", 1e-5, 0.1), ("layer", 1e-5, 0.3), ("layer", 1e-3, 0.1)]
+    runs += [("rms", eps, lr) for eps, lr in ((1e-6, 0.3), (1e-5, 0.1), (1e-3, 0.3))]
+    for i, (norm, eps, lr) in enumerate(runs):
+        summary(tmp_path / str(i), norm, 1, 3.0)
+        config = tmp_path / str(i) / f"{norm}-pre-bs4-s1" / "config.yaml"
+        text = config.read_text().replace(f"name: {norm}", f"name: {norm}\n  eps: {eps}")
+        config.write_text(f"{text}\noptim: {{lr: {lr}, beta1: {0.8 if i == 5 else 0.9}}}")
+    labels = {cell.label for cell in make_cells(load_summaries(tmp_path))}
+    assert labels == {
+        "layer-pre-bs4 optim.lr=0.1",
+        "layer-pre-bs4 optim.lr=0.3",
+        "layer-pre-bs4 norm.eps=0.001 optim.lr=0.1",
+        "rms-pre-bs4 norm.eps=1e-06 optim.lr=0.3",
+        "rms-pre-bs4 norm.eps=1e-05 optim.lr=0.1",
+        "rms-pre-bs4 norm.eps=0.001 optim.beta1=0.8 optim.lr=0.3",
+    }
+    said = "Where a name does not say otherwise: norm.eps=1e-05 (layer), optim.beta1=0.9."
+    assert unsaid(load_summaries(tmp_path)) == said

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt import findings, pictures, report
-from gpt.cells import Baseline, make_cells, tuned
+from gpt.cells import Baseline, curve_limits, final_limits, interval, make_cells, tuned
 from gpt.results import load_summaries
 from gpt.sight import FUTURE, UNKNOWN
 from tests.conftest import TINY
@@ -44,7 +44,7 @@ def test_other_tokenizers_compare_in_bits_a_byte_alone(tmp_path: Path) -> None:
     assert "losses are compared in bits a byte" in words
     assert "rms-pre-bs4 against layer-pre-bs4: +0.5000 ± 0.0000 bits a byte" in words
     assert "worse beyond chance" in words
-    axis = report.figure_losses(cells).layout.yaxis.title.text  # type: ignore[union-attr]
+    axis = report.figure_losses(cells).layout.xaxis.title.text  # type: ignore[union-attr]
     assert axis == "bits a byte"
     assert [row["val loss"][:3] for row in findings.table(cells, Baseline())] == ["3.0", "1.4"]
 
@@ -182,9 +182,35 @@ def test_the_pictures_are_of_the_best_learning_rates_and_of_no_leak(folder: Path
     bars = {c.get_label(): c for c in figure.axes[0].containers}
     assert set(bars) == {"dummy", "layer", "rms"}  # instance leaks, scale diverged
     (point, _, (error,)) = bars["layer"]  # type: ignore[misc]
-    assert point.get_ydata()[0] == pytest.approx(3.2)
-    low, high = error.get_segments()[0][:, 1]
+    assert point.get_xdata()[0] == pytest.approx(3.2)
+    low, high = error.get_segments()[0][:, 0]
     assert (high - low) / 2 == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
+
+
+def test_a_loss_without_bound_does_not_squeeze_the_others(tmp_path: Path) -> None:
+    for norm, loss in (("layer", 3.0), ("rms", 3.4), ("dummy", 35181.0)):
+        summary(tmp_path, norm, 1, loss)
+        curve = [{"step": 0, "val_loss": 7.0}, {"step": 9, "val_loss": loss}]
+        path = tmp_path / f"{norm}-pre-bs4-s1" / "metrics.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in curve))
+    cells = make_cells(load_summaries(tmp_path))
+    assert curve_limits(cells) == pytest.approx((3, 7), abs=0.2)
+    assert final_limits(cells) == pytest.approx((3, 3.4), abs=0.1)
+    assert report.figure_losses(cells).layout.xaxis.range == final_limits(cells)  # type: ignore[union-attr]
+    figure = pictures.draw_losses(cells)
+    assert figure is not None
+    (text,) = figure.axes[0].texts
+    assert text.get_text() == "3.518e+04 → "
+
+
+def test_two_seeds_do_not_squeeze_the_others(tmp_path: Path) -> None:
+    for seed, losses in enumerate(((3.0, 3.3), (3.1, 4.0))):
+        for norm, loss in zip(("layer", "rms"), losses, strict=True):
+            summary(tmp_path, norm, seed, loss)
+    cells = make_cells(load_summaries(tmp_path))
+    assert interval([3.3, 4.0])[1] == pytest.approx(4.45, abs=0.01)
+    assert final_limits(cells) == pytest.approx((2.35, 4.35), abs=0.05)  # means 0.6 apart
+    assert final_limits(cells, stretch=0.1) == pytest.approx((2.97, 3.73), abs=0.05)
 
 
 def test_what_a_norm_sees_is_said_in_legends_tables_and_words(tmp_path: Path) -> None:
@@ -321,6 +347,26 @@ def test_any_key_can_be_the_baseline(tmp_path: Path) -> None:
     wrong = run_program(str(tmp_path), "baseline=optim.warmup=40", script="report")
     assert wrong.returncode == 64
     assert "did you mean 'optim.warmup_steps'" in wrong.stderr
+
+
+def test_what_most_runs_have_goes_without_saying(tmp_path: Path) -> None:
+    for norm, steps in (("layer", 10), ("rms", 10), ("rms", 20)):
+        summary(tmp_path / str(steps), norm, 1, 3.0 + steps / 100)
+        config = tmp_path / str(steps) / f"{norm}-pre-bs4-s1" / "config.yaml"
+        config.write_text(config.read_text().replace("}", f", steps: {steps}}}"))
+    result = run_program(str(tmp_path), "baseline=train.steps=10", script="report")
+    assert result.returncode == 0, result.stderr
+    sentence = "Where a name does not say otherwise: train.steps=10."
+    assert sentence in result.stdout
+    page = (tmp_path / "report.html").read_text()
+    assert f"<li>{sentence}</li>" in page
+    assert "rms-pre-bs4 train.steps=20 against rms-pre-bs4: +0.1000" in page
+    assert "Without a train.steps=10" not in page  # the one at 10 is the baseline, though unsaid
+    wrong = run_program(str(tmp_path), "baseline=train.steps=30", script="report")
+    assert wrong.returncode == 64
+    assert "with one of 10, 20" in wrong.stderr
+    same = run_program(str(tmp_path), "baseline=train.batch=4", script="report")
+    assert "did you mean 'train.batch_size'" in same.stderr
 
 
 def test_where_all_leak_there_is_no_picture_but_a_page(tmp_path: Path) -> None:
