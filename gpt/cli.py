@@ -21,12 +21,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from gpt.config import no_interpolation
-from gpt.errors import IO_ERROR, ConfigError, Diverged, UserError, nearest
+from gpt.errors import (
+    IO_ERROR,
+    ConfigError,
+    Diverged,
+    MissingInput,
+    ProcessLost,
+    UserError,
+    nearest,
+)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRACEBACK = "GPT_TRACEBACK"  # set it to see the whole traceback of an error
 EXAMPLES = {"sample.py": "run_dir=DIR", "prepare.py": "data=stdlib"}  # of an override
 LAUNCHERS = ("joblib", "ray", "submitit_local", "submitit_slurm")  # each of an extra of its name
+LOST = ("TerminatedWorkerError", "UncompletedJobError")  # joblib's and submitit's, of a killed cell
 
 
 Job = Callable[[DictConfig], None]
@@ -106,6 +115,12 @@ def explain(error: Exception) -> tuple[str, int | None]:
         return explain_hydra(error), ConfigError.exit_code
     if "Config group override must be" in str(error):  # Hydra's ValueError for norm=null
         return f"{error}; a group such as norm or placement takes a name", ConfigError.exit_code
+    if type(error).__name__ in LOST:
+        message = "a process of the sweep is gone, killed perhaps for want of memory"
+        return f"{message}; the same command goes on with what is left", ProcessLost.exit_code
+    if 'Could not detect "srun"' in str(error):  # submitit's RuntimeError
+        where = "no srun here; run it on a Slurm cluster"
+        return f"hydra/launcher=submitit_slurm: {where}", MissingInput.exit_code
     if isinstance(error, OSError):
         return f"{error.filename or 'file'}: {error.strerror or error}", IO_ERROR
     return str(error), None

@@ -14,7 +14,7 @@ def main() -> None:
         "name", nargs="?", help="print this norm's card; without it, all in a table"
     )
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two cards side by side")
-    parser.add_argument("--module", help="a Python file that registers a norm of your own")
+    parser.add_argument("--norm-module", help="a Python file that registers a norm of your own")
     args = parser.parse_args()
 
     from rich.console import Console
@@ -23,8 +23,8 @@ def main() -> None:
     from gpt import cards
     from gpt.norms.registry import load_module
 
-    if args.module:
-        load_module(args.module)
+    if args.norm_module:
+        load_module(args.norm_module)
     if args.compare:
         lines: list[tuple[str, str]] = []
         for part in zip(*map(cards.card, args.compare), strict=True):  # level with its like

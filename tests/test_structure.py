@@ -152,7 +152,7 @@ def test_the_norm_that_the_readme_adds_passes_the_suite_and_trains(
     args = ["norm=module", f"norm.module={own}", "norm.name=length", "norm.eps=1e-3", "data=text"]
     result = run_program(*overrides(*args, f"data.path={corpus}", f"run_dir={tmp_path}/run"))
     assert result.returncode == 0, result.stderr
-    card = run_program("length", "--module", str(own), script="norms")
+    card = run_program("length", "--norm-module", str(own), script="norms")
     assert "length: LengthNorm" in card.stdout
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,17 +19,21 @@ from gpt.results import load_summaries, print_table
 from gpt.sight import FUTURE, UNKNOWN
 from gpt.sweep import count_cells, progress_table, sweep_dir
 from tests.conftest import TINY
-from tests.programs import run_program
+from tests.programs import Process, run_program, start
 
 
 def cells(folder: Path) -> list[dict]:
     return [json.loads(p.read_text()) for p in sorted(folder.rglob("summary.json"))]
 
 
-def sweep(corpus: Path, *args: str, cwd: Path):  # type: ignore[no-untyped-def]
+def begin(corpus: Path, *args: str, cwd: Path, **env: str) -> Process:
     fixed = {**TINY, "data": "text", "data.path": str(corpus), "train.steps": 2}
     fixed = {k: v for k, v in fixed.items() if k not in {a.split("=")[0] for a in args}}
-    return run_program("-m", *args, *(f"{k}={v}" for k, v in fixed.items()), cwd=cwd)
+    return start("-m", *args, *(f"{k}={v}" for k, v in fixed.items()), cwd=cwd, **env)
+
+
+def sweep(corpus: Path, *args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return begin(corpus, *args, cwd=cwd, **env).wait()
 
 
 def test_a_sweep_makes_one_run_a_cell_and_ends_with_a_table(corpus: Path, tmp_path: Path) -> None:
@@ -182,6 +189,43 @@ def test_cells_run_in_processes_of_their_own_with_the_same_results(
     ]
     assert len(found[0]) == 4
     assert found[0] == found[1]
+
+
+def test_a_sweep_that_loses_a_process_says_so_and_goes_on_by_the_same_command(
+    corpus: Path, tmp_path: Path
+) -> None:
+    args = ["norm=layer,dummy", "train.steps=400", "train.checkpoint_every=20"]
+    args += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    sweeping = begin(corpus, *args, cwd=tmp_path)
+    while not list(tmp_path.glob("runs/*/*/checkpoints/step_*")):
+        assert sweeping.poll() is None
+    folders = [folder for folder in Path("/proc").glob("[0-9]*") if in_loky(folder, tmp_path)]
+    os.kill(int(folders[0].name), signal.SIGKILL)
+    lost = sweeping.wait()
+    assert lost.returncode == 74
+    assert "error: a process of the sweep is gone" in lost.stderr.splitlines()[-1]
+    assert "Traceback" not in lost.stderr
+    again = sweep(corpus, *args, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert len(cells(tmp_path)) == 2
+
+
+def in_loky(process: Path, cwd: Path) -> bool:
+    """Whether it is one of joblib's workers there."""
+    try:
+        mine = (process / "cwd").readlink() == cwd
+        return mine and b"LokyProcess" in (process / "cmdline").read_bytes()
+    except OSError:  # it has ended, or is another user's
+        return False
+
+
+def test_without_slurm_its_launcher_says_so(corpus: Path, tmp_path: Path) -> None:
+    slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=any"]
+    result = sweep(corpus, "norm=layer,rms", *slurm, cwd=tmp_path, PATH="/nowhere")
+    assert result.returncode == 66
+    assert result.stderr == (
+        "error: hydra/launcher=submitit_slurm: no srun here; run it on a Slurm cluster\n"
+    )
 
 
 def test_a_diverged_cell_is_a_result_and_is_not_run_again(corpus: Path, tmp_path: Path) -> None:
