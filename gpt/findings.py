@@ -125,7 +125,7 @@ def compared(cell: Cell, other: Cell) -> str:
     if differ := unlike(cell, other):
         line += f" They differ in {' and '.join(differ)} too."
     if len(cell.rates) != len(other.rates):
-        line += f" It had {len(cell.rates)} learning rates to choose from, not {len(other.rates)}."
+        line += f" Learning rates tried: {len(cell.rates)} against {len(other.rates)}."
     elif cell.rates != other.rates:
         line += " They had different learning rates to choose from."
     return line

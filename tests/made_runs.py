@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from omegaconf import OmegaConf
 
-def summary(folder: Path, norm: str, seed: int, loss: float | None, **more: object) -> None:
-    """A run's directory as training leaves it, with numbers of one's own."""
+
+def summary(
+    folder: Path,
+    norm: str,
+    seed: int,
+    loss: float | None,
+    config: dict[str, object] | None = None,
+    **more: object,
+) -> None:
+    """A run's directory as training leaves it, with numbers, and other keys, of one's own."""
     run = folder / f"{norm}-pre-bs4-s{seed}"
     run.mkdir(parents=True)
     base = {
@@ -17,10 +26,11 @@ def summary(folder: Path, norm: str, seed: int, loss: float | None, **more: obje
         "sees_in_evaluation": [], "device": "cpu", "corpus": "text", "corpus_sha256": "0" * 64,
     }  # fmt: skip
     (run / "summary.json").write_text(json.dumps(base | more))
-    config = (
-        f"seed: {seed}\nnorm:\n  name: {norm}\nplacement:\n  name: pre\ntrain: {{batch_size: 4}}"
-    )
-    (run / "config.yaml").write_text(config)
+    named = {"seed": seed, "norm.name": norm, "placement.name": "pre", "train.batch_size": 4}
+    tree = OmegaConf.create()
+    for key, value in (named | (config or {})).items():
+        OmegaConf.update(tree, key, value)
+    OmegaConf.save(tree, run / "config.yaml")
     curve = {s: (loss or 9) + 1 / (s + 1) for s in (0, 5, 10)}
     rows = [{"step": s, "val_loss": nats, "val_bpb": nats / 2} for s, nats in curve.items()]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

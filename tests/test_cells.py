@@ -37,15 +37,9 @@ def test_the_baseline_differs_in_nothing_but_the_norm(tmp_path: Path) -> None:
     """Not a lucky variant of layer, nor one that leaks, nor one on another text."""
     for seed in (1, 2, 3):
         for norm, eps, loss in (
-            ("layer", "1.0e-5", 3.0), ("layer", "0.001", 2.5),
-            ("rms", "0.001", 2.6), ("rms", "1.0e-5", 3.2),
+            ("layer", 1e-5, 3.0), ("layer", 0.001, 2.5), ("rms", 0.001, 2.6), ("rms", 1e-5, 3.2),
         ):  # fmt: skip
-            folder = tmp_path / eps
-            summary(folder, norm, seed, loss)
-            config = folder / f"{norm}-pre-bs4-s{seed}" / "config.yaml"
-            config.write_text(
-                config.read_text().replace(f"name: {norm}", f"name: {norm}\n  eps: {eps}")
-            )
+            summary(tmp_path / str(eps), norm, seed, loss, {"norm.eps": eps})
     cells = make_cells(load_summaries(tmp_path))
     found = {c.label: baseline(c, cells, Baseline()) for c in cells if c.traits["norm"] == "rms"}
     assert {a: b and b.label for a, b in found.items()} == {
@@ -75,14 +69,9 @@ def test_each_norm_is_compared_at_its_own_best_learning_rate(tmp_path: Path) -> 
     losses = {("layer", 0.1): 3.0, ("layer", 0.3): 3.5, ("rms", 0.1): 3.6, ("rms", 0.3): 2.9}
     for (norm, lr), loss in losses.items():
         for seed in (1, 2):
-            folder = tmp_path / str(lr)
-            summary(folder, norm, seed, loss + seed / 10)
-            config = folder / f"{norm}-pre-bs4-s{seed}" / "config.yaml"
-            config.write_text(config.read_text() + f"\noptim: {{lr: {lr}}}")
+            summary(tmp_path / str(lr), norm, seed, loss + seed / 10, {"optim.lr": lr})
     # An easy seed alone: its mean is lower than that of 0.3, but not where both have that seed.
-    summary(tmp_path / "0.2", "rms", 1, 3.02)
-    config = tmp_path / "0.2" / "rms-pre-bs4-s1" / "config.yaml"
-    config.write_text(config.read_text() + "\noptim: {lr: 0.2}")
+    summary(tmp_path / "0.2", "rms", 1, 3.02, {"optim.lr": 0.2})
     cells = make_cells(load_summaries(tmp_path))
     best = {c.norm: c for c in tuned(cells)}
     assert {n: (c.lr, c.rates) for n, c in best.items()} == {
@@ -122,21 +111,15 @@ def test_of_equal_runs_one_counts_whatever_its_loss(tmp_path: Path) -> None:
 
 def test_options_of_a_norm_are_lines_of_their_own(tmp_path: Path) -> None:
     for groups in (2, 4):
-        summary(tmp_path / str(groups), "group", 1, 3.0 + groups)
-        config = tmp_path / str(groups) / "group-pre-bs4-s1" / "config.yaml"
-        config.write_text(
-            config.read_text().replace("name: group", f"name: group\n  groups: {groups}")
-        )
+        summary(tmp_path / str(groups), "group", 1, 3.0 + groups, {"norm.groups": groups})
     cells = make_cells(load_summaries(tmp_path))
     assert [c.norm for c in cells] == ["group norm.groups=2", "group norm.groups=4"]
     assert {c.context for c in cells} == {"pre-bs4"}
 
 
 def test_a_key_that_only_some_runs_have_is_named_on_those(tmp_path: Path) -> None:
-    for name in ("null", "rms"):
-        summary(tmp_path / name, "layer", 1, 3.0)
-        config = tmp_path / name / "layer-pre-bs4-s1" / "config.yaml"
-        config.write_text(f"{config.read_text()}\ninit: {{swap_norm: {name}}}")
+    for name in (None, "rms"):
+        summary(tmp_path / str(name), "layer", 1, 3.0, {"init.swap_norm": name})
     labels = {cell.label for cell in make_cells(load_summaries(tmp_path))}
     assert labels == {"layer-pre-bs4", "layer-pre-bs4 init.swap_norm=rms"}
 
@@ -148,9 +131,7 @@ def test_rates_that_each_lost_another_seed_are_ranked_by_the_seed_that_both_have
         for seed, loss in enumerate(losses):
             folder = tmp_path / str(rate)
             more = {"diverged_at": 3} if loss is None else {}
-            summary(folder, "layer", seed, loss, **more)
-            path = folder / f"layer-pre-bs4-s{seed}" / "config.yaml"
-            path.write_text(path.read_text() + f"\noptim:\n  lr: {rate}\n")
+            summary(folder, "layer", seed, loss, {"optim.lr": rate}, **more)
     (best,) = tuned(make_cells(load_summaries(tmp_path)))
     assert best.lr == 3e-3
 
@@ -168,10 +149,8 @@ def test_labels_name_what_most_runs_have_not(tmp_path: Path) -> None:
     runs = [("layer", 1e-5, 0.1), ("layer", 1e-5, 0.3), ("layer", 1e-3, 0.1)]
     runs += [("rms", eps, lr) for eps, lr in ((1e-6, 0.3), (1e-5, 0.1), (1e-3, 0.3))]
     for i, (norm, eps, lr) in enumerate(runs):
-        summary(tmp_path / str(i), norm, 1, 3.0)
-        config = tmp_path / str(i) / f"{norm}-pre-bs4-s1" / "config.yaml"
-        text = config.read_text().replace(f"name: {norm}", f"name: {norm}\n  eps: {eps}")
-        config.write_text(f"{text}\noptim: {{lr: {lr}, beta1: {0.8 if i == 5 else 0.9}}}")
+        config = {"norm.eps": eps, "optim.lr": lr, "optim.beta1": 0.8 if i == 5 else 0.9}
+        summary(tmp_path / str(i), norm, 1, 3.0, config)
     labels = {cell.label for cell in make_cells(load_summaries(tmp_path))}
     assert labels == {
         "layer-pre-bs4 optim.lr=0.1",
@@ -183,3 +162,32 @@ def test_labels_name_what_most_runs_have_not(tmp_path: Path) -> None:
     }
     said = "Where a name does not say otherwise: norm.eps=1e-05 (layer), optim.beta1=0.9."
     assert unsaid(load_summaries(tmp_path)) == said
+
+
+def test_words_say_where_a_comparison_is_not_between_equals(tmp_path: Path) -> None:
+    rates = {"layer": (0.1, 0.3), "rms": (0.1, 0.3), "dummy": (0.1, 1.0), "batch": (0.1,)}
+    for norm, tried in rates.items():
+        for lr in tried:
+            summary(tmp_path / str(lr), norm, 1, 3.0 + lr, {"optim.lr": lr})
+    cells = make_cells(load_summaries(tmp_path))
+    words = {line.split("-")[0]: line for line in findings.plain_words(cells, Baseline())}
+    assert words["rms"].endswith("of one seed: it may be chance.")
+    assert "They had different learning rates to choose from." in words["dummy"]
+    assert "Learning rates tried: 1 against 2." in words["batch"]
+    text = "\n".join(words.values())
+    assert "Each is compared at the learning rate that was best for it" in text
+    assert "batch" not in text.split("Best at the lowest")[1].split("\n")[0]  # no other was tried
+    assert "Devices differ" not in text
+    summary(tmp_path / "gpu", "l2", 1, 3.0, {"optim.lr": 0.1}, device="cuda:0")
+    words_now = findings.plain_words(make_cells(load_summaries(tmp_path)), Baseline())
+    assert any("Devices differ" in line for line in words_now)
+
+
+def test_a_cell_s_row_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
+    for seed, (loss, speed, memory) in enumerate([(3.0, 900.0, 7), (3.2, 1100.0, 5)]):
+        more = {"tokens_per_s": speed, "peak_memory": memory * 2**20, "params": 12_345}
+        summary(tmp_path, "layer", seed, loss, **more)
+    (row,) = findings.table(make_cells(load_summaries(tmp_path)), Baseline())
+    assert row["val loss"] == "3.1000 ± 1.2706"
+    assert row["bits/byte"] == "1.5500 ± 0.6353"
+    assert (row["tokens/s"], row["peak memory"], row["parameters"]) == ("1,000", "5 MiB", "12,345")

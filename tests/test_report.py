@@ -92,9 +92,7 @@ def test_a_rate_at_which_runs_diverged_is_marked_as_such(tmp_path: Path) -> None
         for seed in (1, 2):
             folder = tmp_path / str(lr)
             lost = {"diverged_at": 5} if seed in diverged else {}
-            summary(folder, "layer", seed, 3.0 + seed / 10, **lost)
-            config = folder / f"layer-pre-bs4-s{seed}" / "config.yaml"
-            config.write_text(config.read_text() + f"\noptim: {{lr: {lr}}}")
+            summary(folder, "layer", seed, 3.0 + seed / 10, {"optim.lr": lr}, **lost)
     cells = make_cells(load_summaries(tmp_path))
     figure = report.figure_lr(cells)
     assert figure is not None
@@ -111,9 +109,7 @@ def test_a_rate_at_which_runs_diverged_is_marked_as_such(tmp_path: Path) -> None
 def test_a_leaky_norm_is_not_shown_by_its_learning_rates(tmp_path: Path) -> None:
     for lr in (0.1, 0.3):
         for norm, seen in (("layer", []), ("batch", ["later tokens"])):
-            summary(tmp_path / str(lr), norm, 1, 3.0, sees_in_evaluation=seen)
-            config = tmp_path / str(lr) / f"{norm}-pre-bs4-s1" / "config.yaml"
-            config.write_text(config.read_text() + f"\noptim: {{lr: {lr}}}")
+            summary(tmp_path / str(lr), norm, 1, 3.0, {"optim.lr": lr}, sees_in_evaluation=seen)
     figure = report.figure_lr(make_cells(load_summaries(tmp_path)))
     assert figure is not None
     assert {line.name for line in figure.data} == {"layer-pre-bs4"}
@@ -236,9 +232,7 @@ def test_what_a_norm_sees_is_said_in_legends_tables_and_words(tmp_path: Path) ->
 def test_a_rate_that_alone_was_survived_is_seen(tmp_path: Path) -> None:
     for lr in (0.1, 1.0):
         lost = {"diverged_at": 3} if lr == 1.0 else {}
-        summary(tmp_path / str(lr), "dummy", 1, 3.0, **lost)
-        config = tmp_path / str(lr) / "dummy-pre-bs4-s1" / "config.yaml"
-        config.write_text(f"{config.read_text()}\noptim: {{lr: {lr}}}")
+        summary(tmp_path / str(lr), "dummy", 1, 3.0, {"optim.lr": lr}, **lost)
     figure = pictures.draw_lr(make_cells(load_summaries(tmp_path)))
     assert figure is not None
     (line, *_), *_ = figure.axes[0].containers
@@ -299,11 +293,8 @@ def test_what_survivors_show_is_said_to_be_theirs(folder: Path) -> None:
 
 
 def test_what_else_two_norms_differ_in_is_said(tmp_path: Path) -> None:
-    for norm, eps in (("layer", "1e-5"), ("rms", "1e-3")):
-        summary(tmp_path, norm, 1, 3.0)
-        config = tmp_path / f"{norm}-pre-bs4-s1" / "config.yaml"
-        config.write_text(config.read_text().replace("name: rms", "name: rms\n  eps: 0.001"))
-        config.write_text(config.read_text().replace("name: layer", f"name: layer\n  eps: {eps}"))
+    for norm, eps in (("layer", 1e-5), ("rms", 1e-3)):
+        summary(tmp_path, norm, 1, 3.0, {"norm.eps": eps})
     words = findings.plain_words(make_cells(load_summaries(tmp_path)), Baseline())
     assert any("They differ in norm.eps too." in line for line in words)
 
@@ -337,9 +328,8 @@ def test_a_cell_that_partly_diverged_is_not_the_best(folder: Path) -> None:
 def test_any_key_can_be_the_baseline(tmp_path: Path) -> None:
     for seed in (1, 2):
         for warmup, loss in ((0, 3.0), (40, 2.5)):
-            summary(tmp_path / str(warmup), "layer", seed, loss + seed)
-            config = tmp_path / str(warmup) / f"layer-pre-bs4-s{seed}" / "config.yaml"
-            config.write_text(config.read_text() + f"\noptim: {{warmup_steps: {warmup}}}")
+            config = {"optim.warmup_steps": warmup}
+            summary(tmp_path / str(warmup), "layer", seed, loss + seed, config)
     result = run_program(str(tmp_path), "baseline=optim.warmup_steps=40", script="report")
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "report.html").read_text()
@@ -351,9 +341,7 @@ def test_any_key_can_be_the_baseline(tmp_path: Path) -> None:
 
 def test_what_most_runs_have_goes_without_saying(tmp_path: Path) -> None:
     for norm, steps in (("layer", 10), ("rms", 10), ("rms", 20)):
-        summary(tmp_path / str(steps), norm, 1, 3.0 + steps / 100)
-        config = tmp_path / str(steps) / f"{norm}-pre-bs4-s1" / "config.yaml"
-        config.write_text(config.read_text().replace("}", f", steps: {steps}}}"))
+        summary(tmp_path / str(steps), norm, 1, 3.0 + steps / 100, {"train.steps": steps})
     result = run_program(str(tmp_path), "baseline=train.steps=10", script="report")
     assert result.returncode == 0, result.stderr
     sentence = "Where a name does not say otherwise: train.steps=10."
