@@ -71,8 +71,9 @@ class PlacementConfig:
     """Which slots of y = after(α·x + out(f(s·in(x)))) hold a norm, in each block; and the rest.
 
     A slot, also `embd` and `head`, is false (empty), true (the run's norm), the name of another
-    norm, or a formula in l and L that says so for each block, see `gpt/formula.py`. Slots inside f:
-    `q`, `k`, `v` (attention's, all C features at once), `mid` (before the output projection).
+    norm, or a formula in l and L that says so for each block, see `gpt/formula.py`; of `embd` and
+    `head` l is 1. Slots inside f: `q`, `k`, `v` (attention's, all C features at once), `mid`
+    (before the output projection).
 
     alpha, scale  α and s, numbers or formulas
     parallel      x + attention(in(x)) + mlp(in(x)), `in` being attention's

@@ -67,7 +67,7 @@ def precision(device: torch.device, dtype: str) -> str:
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Matrix products in bfloat16 where `precision` says so; weights and norms stay float32."""
+    """Matrix products in bfloat16 where `precision` says so; the rest as autocast has it."""
     enabled = precision(device, dtype) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 

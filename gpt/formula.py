@@ -4,7 +4,8 @@
     in: l > L/4                    whether a slot holds the run's norm
     out: rms if l == 1 else layer  which norm a slot holds
 
-Arithmetic, comparisons, `… if … else …`, sqrt and log; nothing else is understood or ever run.
+Arithmetic, comparisons, and, or, not, `… if … else …`, sqrt and log; nothing else is understood or
+ever run.
 """
 
 from __future__ import annotations

@@ -265,8 +265,8 @@ def table(record: Record) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def spike_score(values: list[float]) -> float:
-    """The share of values further than 6 standard deviations from the mean of the 128 before them:
-    training's spikes (OLMo). 0 where there are too few."""
+    """The share of values further than 6 standard deviations from the mean of the 128 before them,
+    which OLMo-core counts as spikes (the OLMo 2 paper's score: 7, of 1,000). 0 if too few."""
     if len(values) <= 128:
         return 0.0
     before = np.lib.stride_tricks.sliding_window_view(np.asarray(values[:-1]), 128)

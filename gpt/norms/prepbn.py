@@ -24,7 +24,9 @@ class ProgressiveRepBatchNorm(RepBatchNorm):
     fraction       of the training after which λ is 0, in (0, 1]
 
     Use it where a norm must cost nothing at inference and BatchNorm alone trains badly.
-    Guo, Chen, Tang, Wang 2024 (SLAB), arXiv:2405.11582.
+    Guo, Chen, Tang, Wang 2024 (SLAB), arXiv:2405.11582: with LayerNorm in RMSNorm's place but for
+    its LLaMA, where RMSNorm is alone for the first 10,000 steps and η and RepBN's γ begin at 0. The
+    authors' code evaluates by RepBN alone, whatever λ is.
     """
 
     axes = ("B", "T", "C")

@@ -17,7 +17,7 @@ class RepBatchNorm(BatchNorm):
     eps, momentum  as BatchNorm's
 
     Use it as `batch`; it folds into the next Linear just so, as one affine map.
-    Guo, Chen, Tang, Wang 2024 (SLAB), arXiv:2405.11582.
+    Guo, Chen, Tang, Wang 2024 (SLAB), arXiv:2405.11582; in their LLaMA η and γ begin at 0.
     """
 
     invariances = ()
