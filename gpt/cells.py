@@ -6,6 +6,7 @@ and the same batches.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -13,10 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from scipy.stats import t as student
 
+from gpt.errors import UserError, nearest
 from gpt.files import read_jsonl
 from gpt.results import distinguish, label, read_config
 from gpt.sight import verdict
@@ -36,15 +39,16 @@ class Baseline:
         value = cell.value(self.key)
         with suppress(ValueError, TypeError):
             return float(value) == float(self.value)
-        return str(value) == self.value
+        return self.value in (str(value), json.dumps(value, default=str))  # True or true
 
 
 @dataclass(frozen=True)
 class Cell:
     """Runs that differ in their seed alone.
 
-    traits: what tells it from other cells. rates: the learning rates that were tried, of which
-    `tuned` took its own. unit: the loss that compares with other cells', one of UNITS.
+    traits: what tells it from other cells, but for what most of them have (`results.unsaid`).
+    rates: the learning rates that were tried, of which `tuned` took its own. unit: the loss that
+    compares with other cells', one of UNITS.
     """
 
     traits: dict[str, Any]
@@ -67,7 +71,7 @@ class Cell:
 
     @property
     def norm(self) -> str:
-        """The norm, with its options where they differ."""
+        """The norm, with those of its options that are not the usual ones."""
         swapped = ("norm", "init.swap_norm")
         return label({k: v for k, v in self.traits.items() if k.startswith(swapped)})
 
@@ -188,23 +192,34 @@ def curve(run_dir: str, unit: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 
 def curve_limits(cells: list[Cell]) -> tuple[float, float]:
-    """An axis for their curves, without what is far above a run's first loss, and without what a
-    diverged run rose to: neither has a bound."""
-    values = []
+    """An axis for their curves, without what is out of bounds, and without what a diverged run
+    rose to."""
+    firsts: list[float] = []
+    later: list[float] = []
     for cell in cells:
         for run in cell.runs:
             losses = curve(run["run_dir"], cell.unit)[1]
-            top = losses[0] * (1 if "diverged_at" in run else 1.5) if losses else 0
-            values += [loss for loss in losses if loss <= top]
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    margin = 0.04 * (high - low) + 0.01
-    return low - margin, high + margin
+            firsts += losses[:1]
+            later += () if "diverged_at" in run else losses[1:]
+    top = bound(cells)
+    if all(loss > top for loss in later):  # it would be a picture of nothing
+        top = math.inf
+    values = [loss for loss in firsts + later if loss <= top] or [0.0, 1.0]
+    margin = 0.04 * (max(values) - min(values)) + 0.01
+    return min(values) - margin, max(values) + margin
+
+
+def bound(cells: list[Cell]) -> float:
+    """Beyond it a loss is out of bounds: twice what most runs begin with."""
+    curves = [curve(run["run_dir"], cell.unit)[1] for cell in cells for run in cell.runs]
+    firsts = [losses[0] for losses in curves if losses]
+    return 2 * median(firsts) if firsts else math.inf
 
 
 def final_limits(cells: list[Cell], stretch: float = 1.0) -> tuple[float, float]:
-    """An axis for their final losses, without what is far above where the runs began. Intervals
-    lengthen it by `stretch` of itself at either end at most: a few seeds' may be endless."""
-    top = curve_limits(cells)[1]
+    """An axis for their final losses, without what is out of bounds. Intervals lengthen it by
+    `stretch` of itself at either end at most: a few seeds' may be endless."""
+    top = bound(cells)
     points = [interval(cell.losses.values()) for cell in cells if cell.losses]
     points = [(mean, half) for mean, half in points if mean <= top] or points
     lowest, highest = min(mean for mean, _ in points), max(mean for mean, _ in points)
@@ -232,6 +247,23 @@ def baseline(cell: Cell, cells: list[Cell], versus: Baseline) -> Cell | None:
     return found[0] if len(found) == 1 else None
 
 
+def choose_baseline(argument: str, cells: list[Cell]) -> Baseline:
+    """That of `baseline=KEY=VALUE`; UserError where no cell can be compared with it."""
+    _, key, value = [*argument.split("=", 2), ""][:3]
+
+    def serves(value: str) -> bool:
+        return any(baseline(cell, cells, Baseline(key, value)) for cell in cells)
+
+    if serves(value):
+        return Baseline(key, value)
+    values = [v for v in sorted({str(cell.value(key)) for cell in cells}) if serves(v)]
+    keys = sorted({key for cell in cells for key in cell.traits})
+    expected = f"KEY=VALUE with one of {', '.join(keys)}{nearest(key, keys)}"
+    if values:
+        expected = f"baseline={key}=VALUE with one of {', '.join(values)}"
+    raise UserError(f"{argument}: nothing differs from it in that alone; expected {expected}")
+
+
 def unlike(cell: Cell, other: Cell) -> list[str]:
     """Of two norms the options that both have, with different values: norm.eps and the like."""
     a, b = (read_config(c.runs[0]["run_dir"]) for c in (cell, other))
@@ -249,9 +281,14 @@ def difference(cell: Cell, other: Cell) -> tuple[float, float | None, int] | Non
 
 
 def in_order(cells: list[Cell]) -> list[Cell]:
-    """By what they share with other norms, then by norm."""
-    contexts = ordered({cell.context for cell in cells})
-    return sorted(cells, key=lambda c: (contexts.index(c.context), c.setting))
+    """By what they share with other norms, also where it is unsaid, then by norm."""
+    keys = dict.fromkeys(key for cell in cells for key in cell.traits)
+
+    def place(cell: Cell) -> str:
+        return label(without({key: cell.value(key) for key in keys}, "optim.lr", "norm"))
+
+    places = ordered(place(cell) for cell in cells)
+    return sorted(cells, key=lambda c: (places.index(place(c)), c.setting))
 
 
 def ordered(names: Iterable[str]) -> list[str]:

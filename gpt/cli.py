@@ -115,8 +115,10 @@ def explain(error: Exception) -> tuple[str, int | None]:
         return explain_hydra(error), ConfigError.exit_code
     if "Config group override must be" in str(error):  # Hydra's ValueError for norm=null
         return f"{error}; a group such as norm or placement takes a name", ConfigError.exit_code
-    if type(error).__name__ in LOST:
-        message = "a process of the sweep is gone, killed perhaps for want of memory"
+    if type(error).__name__ in LOST:  # the launcher's first two lines and the last of the log
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        said = " ".join(" ".join([*lines[:2], *lines[3:][-1:]]).split())
+        message = f"a process of the sweep is gone: {said}"
         return f"{message}; the same command goes on with what is left", ProcessLost.exit_code
     if 'Could not detect "srun"' in str(error):  # submitit's RuntimeError
         where = "no srun here; run it on a Slurm cluster"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from gpt.cells import (
     in_order,
     interval,
     legend,
-    ordered,
     tuned,
 )
 from gpt.files import read_jsonl
@@ -57,7 +57,8 @@ def draw(cells: list[Cell], folder: Path) -> list[Path]:
 
 
 def draw_losses(cells: list[Cell]) -> Figure | None:
-    """Final validation loss with its 95% interval over seeds, a line a cell."""
+    """Final validation loss with its 95% interval over seeds, a line a cell; the number at the edge
+    where it is out of bounds."""
     cells = [cell for cell in in_order(cells) if cell.losses]
     if not cells:
         return None
@@ -69,17 +70,21 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
         for middle, (_, group) in zip(middles, groups, strict=True)
         for i, cell in enumerate(group)
     }
-    size = (8.5, 0.8 + 0.17 * max(sum(depths), 10))
+    styles = norm_styles(cells)
+    names = {n: wrapped(legend([c for c in cells if c.norm == n])) for n in styles}
+    lines = max(sum(depths), sum(name.count("\n") + 1.5 for name in names.values()), 10)
+    characters = longest(names.values()) + longest(name for name, _ in groups)
+    size = (4.5 + 0.08 * characters, 0.8 + 0.17 * lines)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     low, high = final_limits(cells)
-    for i, (norm, style) in enumerate(norm_styles(cells).items()):
+    for i, (norm, style) in enumerate(styles.items()):
         mine = [cell for cell in cells if cell.norm == norm]
         means, halves = zip(*(interval(c.losses.values()) for c in mine), strict=True)
         errors = [math.nan if half is None else half for half in halves]
-        lines = [ys[cell.label] for cell in mine]
+        rows = [ys[cell.label] for cell in mine]
         look = {"fmt": "os^D"[i // 10 % 4], "markersize": 4, "capsize": 3, "color": style["color"]}
-        axis.errorbar(means, lines, xerr=errors, label=wrapped(legend(mine)), **look)
-        for mean, y in zip(means, lines, strict=True):
+        axis.errorbar(means, rows, xerr=errors, label=names[norm], **look)
+        for mean, y in zip(means, rows, strict=True):
             if mean > high:
                 axis.text(high, y, f"{mean:.4g} → ", ha="right", va="center", color=style["color"])
     axis.set_xlim(low, high)
@@ -182,7 +187,7 @@ def panels_by_context(
     cells: list[Cell],
 ) -> tuple[Figure, dict[str, Axes], dict[str, dict[str, Any]]]:
     """A figure with a panel for each context, and the norms' styles."""
-    contexts = ordered({cell.context for cell in cells})
+    contexts = list(dict.fromkeys(cell.context for cell in in_order(cells)))
     columns = min(COLUMNS, len(contexts))
     lines = -(-len(contexts) // columns)
     size = (4.2 * columns + 0.6, 2.7 * lines + 0.5)
@@ -210,8 +215,13 @@ def name_of(cell: Cell) -> str:
 
 
 def wrapped(label: str, width: int = 26) -> str:
-    """On several lines where it is long: paths may be part of it."""
-    return textwrap.fill(label, width)
+    """On several lines where it is long: paths may be part of it, and a $ is none of TeX's."""
+    return textwrap.fill(label, width).replace("$", r"\$")
+
+
+def longest(names: Iterable[str]) -> int:
+    """The characters of their longest line."""
+    return max(len(line) for name in names for line in name.split("\n"))
 
 
 def tidy(axis: Axes) -> None:

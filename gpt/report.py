@@ -24,7 +24,6 @@ from gpt.cells import (
     in_order,
     interval,
     legend,
-    ordered,
     tuned,
 )
 from gpt.files import read_jsonl
@@ -33,24 +32,33 @@ from gpt.results import read_config
 
 
 def figure_losses(cells: list[Cell]) -> go.Figure | None:
-    """Final validation loss with its 95% interval, a row for each context, a point a norm."""
-    shown = [c for c in cells if c.losses and not c.void]
+    """Final validation loss with its 95% interval, a row for each context, a point a norm; the
+    number at the edge where it is out of bounds."""
+    shown = [c for c in in_order(cells) if c.losses and not c.void]
     if not shown:
         return None
+    low, high = final_limits(shown)
+    norms = sorted({c.norm for c in shown})
     figure = go.Figure()
-    for norm in sorted({c.norm for c in shown}):
+    for norm in norms:
         mine = [c for c in shown if c.norm == norm]
-        means, halves = zip(*(interval(c.losses.values()) for c in mine), strict=True)
-        places = [on_lines(c.context) for c in mine]
-        figure.add_scatter(x=means, y=places, error_x={"array": halves}, name=legend(mine))
-    figure.update_traces(mode="markers", orientation="h", marker_size=7)
-    contexts = [on_lines(context) for context in ordered({c.context for c in shown})]
-    figure.update_yaxes(categoryorder="array", categoryarray=contexts[::-1])
-    figure.update_xaxes(range=final_limits(shown))
+        points = [(*interval(c.losses.values()), on_lines(c.context)) for c in mine]
+        figure.add_scatter(
+            x=[min(mean, high) for mean, _, _ in points],
+            y=[context for _, _, context in points],
+            error_x={"array": [half if mean <= high else None for mean, half, _ in points]},
+            text=["" if mean <= high else f"{mean:.4g} →" for mean, _, _ in points],
+            name=legend(mine),
+        )
+    figure.update_traces(
+        mode="markers+text", textposition="middle left", orientation="h", marker_size=7
+    )
+    contexts = Counter(on_lines(c.context) for c in shown)
+    figure.update_yaxes(categoryorder="array", categoryarray=list(contexts), autorange="reversed")
+    figure.update_xaxes(range=(low, high))
+    lines = max(*contexts.values(), *(name.count("<br>") + 1 for name in contexts)) + 1
+    size = {"height": 180 + max(120, 15 * lines * len(contexts), 20 * len(norms))}
     title = "Final validation loss, 95% intervals over seeds"
-    fullest = max(Counter(c.context for c in shown).values())
-    lines = max(fullest + 1, *(context.count("<br>") + 2 for context in contexts))
-    size = {"height": 150 + 15 * lines * len(contexts)}
     figure.update_layout(title=title, scattermode="group", xaxis_title=UNITS[shown[0].unit], **size)
     return figure
 
@@ -206,7 +214,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
 th, td { border-bottom: 1px solid #ddd; padding: .3em .7em; text-align: left; white-space: nowrap }
-td:first-child { white-space: normal; min-width: 24em }
+td:first-child { white-space: normal; min-width: 17em }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em } select { max-width: 100% }
 """
 
@@ -284,7 +292,7 @@ def write(
     contents = {
         "report.html": page(cells, title, lines, rows, ends),
         "table.csv": to_csv(rows),
-        "table.md": to_markdown(rows),
+        "table.md": to_markdown(rows) + "".join(f"\n{note}\n" for note in notes),
         "activations.csv": to_csv(ends),
         "activations.md": to_markdown(ends),
     }

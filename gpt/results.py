@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gpt.errors import DataError
 from gpt.files import flatten, read_json
@@ -54,11 +55,11 @@ def print_table(summaries: list[dict[str, Any]]) -> None:
     """One line a run. Leaky losses are marked: they are not comparable, never ranked."""
     labels = [label(traits) for traits in distinguish(summaries)]
     table = Table(title="best validation loss first", title_justify="left", caption_justify="left")
-    table.caption = unsaid(summaries)
+    table.caption = Text(unsaid(summaries))
     table.add_column("run", overflow="fold")
     for column in ("val loss", "bits/byte", "train loss", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
-    for s, name in zip(summaries, labels, strict=True):
+    for s, name in zip(summaries, map(Text, labels), strict=True):
         speed = f"{s['tokens_per_s']:,.0f}"
         if "diverged_at" in s:
             table.add_row(name, f"diverged at {s['diverged_at']}", "", "", speed)
@@ -86,14 +87,14 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     configs = [read_config(s["run_dir"]) for s in summaries]
     several = [k for k in SOURCES if len({s.get(k) for s in summaries} - {None}) > 1]
     values = variety(configs)
-    plain = majorities(values)
+    plain = usual(configs)
     found = []
     for s, config in zip(summaries, configs, strict=True):
         head = ("norm", s["norm"]), ("placement", s["placement"])
         traits = dict([*head, ("train.batch_size", s["batch_size"]), ("seed", s["seed"])])
         for key, value in sorted(config.items()):
-            which = peers(config, key)
-            if which in values and value is not None and str(value) != plain.get(which):
+            scope = scope_of(config, key)
+            if scope in values and value is not None and str(value) != plain.get(scope):
                 traits[key] = value
         traits |= {SOURCES[k]: s[k][:8] for k in several if s.get(k)}
         found.append(traits)
@@ -102,14 +103,14 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def unsaid(summaries: list[dict[str, Any]]) -> str:
     """A sentence: which keys have their usual value where a label does not name them. Or empty."""
-    plain = majorities(variety([read_config(s["run_dir"]) for s in summaries]))
+    plain = usual([read_config(s["run_dir"]) for s in summaries])
     said = [f"{key}={plain[key, name]}" + f" ({name})" * bool(name) for key, name in plain]
     return f"Where a name does not say otherwise: {', '.join(said)}." if said else ""
 
 
-def peers(config: dict[str, Any], key: str) -> tuple[str, str]:
-    """Runs whose values of `key` are compared: a norm's eps differs from another norm's, so only
-    those of the same norm are."""
+def scope_of(config: dict[str, Any], key: str) -> tuple[str, str]:
+    """The key, and the norm or placement among whose runs its values are compared: a norm's eps
+    differs from another norm's."""
     name = key.split(".")[0] + ".name"
     return key, config.get(name, "") if name in LABELLED else ""
 
@@ -121,19 +122,19 @@ def variety(configs: list[dict[str, Any]]) -> dict[tuple[str, str], Counter[str]
     values: dict[tuple[str, str], Counter[str]] = {}
     for config in configs:
         for key in keys:
-            values.setdefault(peers(config, key), Counter())[str(config.get(key))] += 1
-    return {which: counts for which, counts in values.items() if len(counts) > 1}
+            values.setdefault(scope_of(config, key), Counter())[str(config.get(key))] += 1
+    return {scope: counts for scope, counts in values.items() if len(counts) > 1}
 
 
-def majorities(values: dict[tuple[str, str], Counter[str]]) -> dict[tuple[str, str], str]:
-    """The value that more than half of the runs have, where none has none; but of the learning
-    rate, for each cell has its best one."""
+def usual(configs: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """Of what differs the value that more than half of the runs have, where none has none; but of
+    the learning rate, for each cell has its best one. Nothing where a run's are not known."""
     found = {}
-    for (key, name), counts in values.items():
+    for (key, name), counts in variety(configs).items():
         value, n = counts.most_common(1)[0]
         if 2 * n > counts.total() and "None" not in counts and key != "optim.lr":
             found[key, name] = value
-    return found
+    return found if all(configs) else {}
 
 
 def label(traits: dict[str, Any]) -> str:

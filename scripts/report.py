@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from gpt import cli
-from gpt.errors import MissingInput, UserError, nearest
+from gpt.errors import MissingInput, UserError
 from gpt.results import load_summaries, print_table, unfinished, unsaid
 
 
@@ -29,22 +29,10 @@ def main() -> None:
     if not summaries:
         raise MissingInput(f"{folders[0]}: no finished run below it")
     from gpt import pictures, report  # plotly, matplotlib and scipy take seconds
-    from gpt.cells import Baseline, make_cells
+    from gpt.cells import Baseline, choose_baseline, make_cells
 
     cells = make_cells(summaries)
-    versus = Baseline()
-    if chosen:
-        _, key, value = [*chosen[-1].split("=", 2), ""][:3]
-        versus = Baseline(key, value)
-        keys = sorted({key for cell in cells for key in cell.traits})
-        there = sorted({str(cell.value(key)) for cell in cells} - {"None"})
-        expected = ""
-        if key not in keys:
-            expected = f"KEY=VALUE with one of {', '.join(keys)}{nearest(key, keys)}"
-        elif not any(versus.is_it(cell) for cell in cells):
-            expected = f"baseline={key}=VALUE with one of {', '.join(there)}"
-        if expected:
-            raise UserError(f"{chosen[-1]}: expected {expected}")
+    versus = choose_baseline(chosen[-1], cells) if chosen else Baseline()
     print_table(summaries)
     left = unfinished(*folders)
     again = len(summaries) - sum(len(cell.runs) for cell in cells)

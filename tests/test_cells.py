@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from gpt import findings
-from gpt.cells import Baseline, baseline, difference, interval, make_cells, ordered, tuned
+from gpt.cells import (
+    Baseline,
+    baseline,
+    difference,
+    in_order,
+    interval,
+    make_cells,
+    ordered,
+    tuned,
+)
 from gpt.results import load_summaries, unsaid
 from tests.made_runs import summary
 from tests.programs import run_program
@@ -191,3 +200,29 @@ def test_a_cell_s_row_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
     assert row["val loss"] == "3.1000 ± 1.2706"
     assert row["bits/byte"] == "1.5500 ± 0.6353"
     assert (row["tokens/s"], row["peak memory"], row["parameters"]) == ("1,000", "5 MiB", "12,345")
+
+
+def test_unsaid_values_keep_their_place_in_the_order(tmp_path: Path) -> None:
+    for i, layers in enumerate((2, 4, 4, 4, 8, 16)):
+        summary(tmp_path / str(i), "layer", i, 3.0, {"model.n_layer": layers, "optim.lr": 0.1})
+    contexts = [cell.context for cell in in_order(make_cells(load_summaries(tmp_path)))]
+    assert contexts == [
+        "pre-bs4 model.n_layer=2", "pre-bs4 model.n_layer=4", "pre-bs4 model.n_layer=8",
+        "pre-bs4 model.n_layer=16",
+    ]  # fmt: skip
+    summary(tmp_path / "6", "layer", 6, 3.0, {"model.n_layer": 4, "optim.lr": 0.1})
+    contexts = [cell.context for cell in in_order(make_cells(load_summaries(tmp_path)))]
+    assert contexts[:3] == ["pre-bs4 model.n_layer=2", "pre-bs4", "pre-bs4 model.n_layer=8"]
+
+
+def test_a_run_of_unknown_configuration_is_not_taken_for_a_usual_one(tmp_path: Path) -> None:
+    for i, beta1 in enumerate((0.8, 0.9, 0.9, 0.9)):
+        summary(tmp_path / str(i), "layer", i, 3.0, {"optim.beta1": beta1})
+    assert unsaid(load_summaries(tmp_path))
+    summary(tmp_path / "x", "layer", 7, 9.0)
+    (tmp_path / "x" / "layer-pre-bs4-s7" / "config.yaml").unlink()
+    assert not unsaid(load_summaries(tmp_path))
+    sizes = {cell.label: len(cell.runs) for cell in make_cells(load_summaries(tmp_path))}
+    assert sizes == {
+        "layer-pre-bs4 optim.beta1=0.8": 1, "layer-pre-bs4 optim.beta1=0.9": 3, "layer-pre-bs4": 1,
+    }  # fmt: skip

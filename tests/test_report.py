@@ -12,8 +12,17 @@ from pathlib import Path
 import pytest
 
 from gpt import findings, pictures, report
-from gpt.cells import Baseline, curve_limits, final_limits, interval, make_cells, tuned
-from gpt.results import load_summaries
+from gpt.cells import (
+    Baseline,
+    choose_baseline,
+    curve_limits,
+    final_limits,
+    interval,
+    make_cells,
+    tuned,
+)
+from gpt.errors import UserError
+from gpt.results import load_summaries, print_table
 from gpt.sight import FUTURE, UNKNOWN
 from tests.conftest import TINY
 from tests.made_runs import summary
@@ -197,6 +206,24 @@ def test_a_loss_without_bound_does_not_squeeze_the_others(tmp_path: Path) -> Non
     assert figure is not None
     (text,) = figure.axes[0].texts
     assert text.get_text() == "3.518e+04 → "
+    page = report.figure_losses(cells)
+    assert page is not None
+    beyond, *within = page.data
+    assert (beyond.name, beyond.text) == ("dummy", ("3.518e+04 →",))
+    assert beyond.x[0] == page.layout.xaxis.range[1]
+    assert [line.text for line in within] == [("",), ("",)]
+
+
+def test_where_all_losses_are_out_of_bounds_they_are_shown(tmp_path: Path) -> None:
+    summary(tmp_path, "layer", 1, 300.0)
+    path = tmp_path / "layer-pre-bs4-s1" / "metrics.jsonl"
+    path.write_text('{"step": 0, "val_loss": 7.0}\n{"step": 9, "val_loss": 300.0}\n')
+    cells = make_cells(load_summaries(tmp_path))
+    assert curve_limits(cells) == pytest.approx((7, 300), abs=15)
+    assert final_limits(cells) == pytest.approx((300, 300), abs=1)
+    figure = pictures.draw_losses(cells)
+    assert figure is not None
+    assert not list(figure.axes[0].texts)
 
 
 def test_two_seeds_do_not_squeeze_the_others(tmp_path: Path) -> None:
@@ -353,8 +380,39 @@ def test_what_most_runs_have_goes_without_saying(tmp_path: Path) -> None:
     wrong = run_program(str(tmp_path), "baseline=train.steps=30", script="report")
     assert wrong.returncode == 64
     assert "with one of 10, 20" in wrong.stderr
+    assert wrong.stderr.count("\n") == 1
     same = run_program(str(tmp_path), "baseline=train.batch=4", script="report")
     assert "did you mean 'train.batch_size'" in same.stderr
+    assert (tmp_path / "table.md").read_text().endswith(f"|\n\n{sentence}\n")
+
+
+def test_a_baseline_that_nothing_compares_with_is_refused(tmp_path: Path) -> None:
+    """layer's own eps tells it from no other run."""
+    for i, (norm, eps) in enumerate((("rms", 1e-5), ("rms", 1e-5), ("rms", 1e-3), ("layer", 0.01))):
+        summary(tmp_path / str(i), norm, i, 3.0, {"norm.eps": eps, "compile": i > 1})
+    cells = make_cells(load_summaries(tmp_path))
+    message = "nothing differs from it in that alone; expected KEY=VALUE with one of compile, norm"
+    with pytest.raises(UserError, match=message):
+        choose_baseline("baseline=norm.eps=0.01", cells)
+    for i, compiled in enumerate((False, True)):
+        summary(tmp_path / "b" / str(i), "rms", 1, 3.0, {"compile": compiled})
+    cells = make_cells(load_summaries(tmp_path / "b"))
+    assert choose_baseline("baseline=compile=true", cells) == Baseline("compile", "true")
+    with pytest.raises(UserError, match="with one of False, True"):
+        choose_baseline("baseline=compile=yes", cells)
+
+
+def test_names_with_brackets_and_dollars_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i, path in enumerate(["/[/x]/$a$", "/[old]/:on:", "/[old]/:on:"]):
+        summary(tmp_path / str(i), "layer", i, 3.0, {"data.path": path})
+    summaries = load_summaries(tmp_path)
+    print_table(summaries)
+    shown = "".join(capsys.readouterr().out.split())
+    assert "data.path=/[old]/:on:." in shown
+    assert "/[/x]/$a$" in shown.replace("││││││", "")
+    assert pictures.draw(make_cells(summaries), tmp_path)
 
 
 def test_where_all_leak_there_is_no_picture_but_a_page(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from gpt.cli import explain
 from gpt.results import load_summaries, print_table
 from gpt.sight import FUTURE, UNKNOWN
 from gpt.sweep import count_cells, progress_table, sweep_dir
@@ -191,6 +192,7 @@ def test_cells_run_in_processes_of_their_own_with_the_same_results(
     assert found[0] == found[1]
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="it looks for the process there")
 def test_a_sweep_that_loses_a_process_says_so_and_goes_on_by_the_same_command(
     corpus: Path, tmp_path: Path
 ) -> None:
@@ -199,11 +201,14 @@ def test_a_sweep_that_loses_a_process_says_so_and_goes_on_by_the_same_command(
     sweeping = begin(corpus, *args, cwd=tmp_path)
     while not list(tmp_path.glob("runs/*/*/checkpoints/step_*")):
         assert sweeping.poll() is None
+        time.sleep(0.05)
     folders = [folder for folder in Path("/proc").glob("[0-9]*") if in_loky(folder, tmp_path)]
     os.kill(int(folders[0].name), signal.SIGKILL)
     lost = sweeping.wait()
     assert lost.returncode == 74
-    assert "error: a process of the sweep is gone" in lost.stderr.splitlines()[-1]
+    line = lost.stderr.splitlines()[-1]
+    assert "error: a process of the sweep is gone: A worker process managed by the" in line
+    assert "SIGKILL(-9)}; the same command goes on" in line
     assert "Traceback" not in lost.stderr
     again = sweep(corpus, *args, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -217,6 +222,23 @@ def in_loky(process: Path, cwd: Path) -> bool:
         return mine and b"LokyProcess" in (process / "cmdline").read_bytes()
     except OSError:  # it has ended, or is another user's
         return False
+
+
+def test_what_a_lost_job_left_in_its_log_is_said() -> None:
+    class UncompletedJobError(Exception):
+        """As submitit's."""
+
+    log = "--------\n  File ...\nModuleNotFoundError: No module named 'torch'\n\n"
+    error = UncompletedJobError(
+        "Job 7 (task: 0) with path /x/7_0_result.pkl\nhas not produced any output "
+        f"(state: TIMEOUT)\nError stream produced:\n{log}"
+    )
+    assert explain(error) == (
+        "a process of the sweep is gone: Job 7 (task: 0) with path /x/7_0_result.pkl has not "
+        "produced any output (state: TIMEOUT) ModuleNotFoundError: No module named 'torch'; the "
+        "same command goes on with what is left",
+        74,
+    )
 
 
 def test_without_slurm_its_launcher_says_so(corpus: Path, tmp_path: Path) -> None:
