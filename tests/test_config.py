@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -250,3 +251,16 @@ def test_a_bug_is_told_whole_and_exits_1(capsys: pytest.CaptureFixture[str]) -> 
     told = capsys.readouterr().err
     assert told.startswith("Traceback")
     assert told.endswith("RuntimeError: boom\n")
+
+
+def test_an_interrupt_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing catches it, before or after the training."""
+    monkeypatch.setattr(argparse.ArgumentParser, "error", None)  # `run` sets it for good
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(interrupted)
+    assert ended.value.code == 130
