@@ -217,7 +217,7 @@ def test_unsaid_values_keep_their_place_in_the_order(tmp_path: Path) -> None:
 
 def test_a_run_of_unknown_configuration_is_not_taken_for_a_usual_one(tmp_path: Path) -> None:
     for i, beta1 in enumerate((0.8, 0.9, 0.9, 0.9)):
-        summary(tmp_path / str(i), "layer", i, 3.0, {"optim.beta1": beta1})
+        summary(tmp_path / str(i), "layer", i, 3.0, {"optim.beta1": beta1, "optim.beta2": 0.99})
     assert unsaid(load_summaries(tmp_path))
     summary(tmp_path / "x", "layer", 7, 9.0)
     (tmp_path / "x" / "layer-pre-bs4-s7" / "config.yaml").unlink()
