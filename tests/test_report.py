@@ -210,6 +210,7 @@ def test_a_loss_without_bound_does_not_squeeze_the_others(tmp_path: Path) -> Non
     assert page is not None
     beyond, *within = page.data
     assert (beyond.name, beyond.text) == ("dummy", ("3.518e+04 →",))
+    assert {line.mode for line in page.data} == {"markers+text"}  # no line from row to row
     assert beyond.x[0] == page.layout.xaxis.range[1]
     assert [line.text for line in within] == [("",), ("",)]
 
