@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import tiktoken
 import torch
 
+from gpt.errors import Diverged
 from gpt.model import GPT
 from gpt.seeds import stream_seed
 from gpt.tokenizer import separator
@@ -31,7 +32,8 @@ def generate(
     seed         of the stream `sample`; drawn on the CPU, so that it does not depend on the device
 
     The model is put into evaluation mode and sees the last block_size tokens. A character whose
-    bytes are spread over several tokens is yielded when it is whole.
+    bytes are spread over several tokens is yielded when it is whole. Diverged is raised where a
+    logit is not finite.
     """
     model.eval()
     device = model.wte.weight.device
@@ -41,6 +43,8 @@ def generate(
     idx = torch.tensor([ids], device=device)  # (1, T)
     for _ in range(max_new_tokens):
         logits = model(idx[:, -model.block_size :])[0][0, -1].float().cpu()  # (vocab_size,)
+        if not logits.isfinite().all():
+            raise Diverged("the model has diverged, its logits are not finite; try an earlier step")
         if temperature == 0:
             token = logits.argmax().view(1)
         else:

@@ -63,7 +63,7 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
     if not cells:
         return None
     groups = [(wrapped(c, 40), list(g)) for c, g in groupby(cells, key=lambda c: c.context)]
-    depths = [max(len(group), name.count("\n") + 1) + 1 for name, group in groups]  # in lines
+    depths = [max(len(group), height(name)) + 1 for name, group in groups]  # in lines
     middles = np.cumsum(depths) - np.array(depths) / 2
     ys = {
         cell.label: middle + i - (len(group) - 1) / 2
@@ -72,7 +72,7 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
     }
     styles = norm_styles(cells)
     names = {n: wrapped(legend([c for c in cells if c.norm == n])) for n in styles}
-    lines = max(sum(depths), sum(name.count("\n") + 1.5 for name in names.values()), 10)
+    lines = max(sum(depths), sum(height(name) + 0.5 for name in names.values()), 10)
     characters = longest(names.values()) + longest(name for name, _ in groups)
     size = (4.5 + 0.08 * characters, 0.8 + 0.17 * lines)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
@@ -159,9 +159,9 @@ def draw_depth(cells: list[Cell]) -> Figure | None:
     high = max(np.nanmax(z) for *_, z in maps)
     columns = min(4, len(maps))
     lines = -(-len(maps) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(3.2 * columns, 1.9 * lines), squeeze=False, layout="constrained"
-    )
+    titles = max(height(wrapped(cell.label)) for cell, *_ in maps)
+    size = (3.2 * columns, (1.7 + 0.16 * titles) * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(maps) :]:
         axis.set_visible(False)
     for axis, (cell, steps, depths, z) in zip(axes.flat, maps, strict=False):
@@ -190,7 +190,8 @@ def panels_by_context(
     contexts = list(dict.fromkeys(cell.context for cell in in_order(cells)))
     columns = min(COLUMNS, len(contexts))
     lines = -(-len(contexts) // columns)
-    size = (4.2 * columns + 0.6, 2.7 * lines + 0.5)
+    titles = max(height(wrapped(context)) for context in contexts)
+    size = (4.2 * columns + 0.6, (2.5 + 0.2 * titles) * lines + 0.5)
     figure, axes = plt.subplots(
         lines, columns, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
@@ -217,6 +218,10 @@ def name_of(cell: Cell) -> str:
 def wrapped(label: str, width: int = 26) -> str:
     """On several lines where it is long: paths may be part of it, and a $ is none of TeX's."""
     return textwrap.fill(label, width).replace("$", r"\$")
+
+
+def height(name: str) -> int:
+    return name.count("\n") + 1
 
 
 def longest(names: Iterable[str]) -> int:

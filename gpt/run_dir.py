@@ -50,7 +50,7 @@ def refuse_another_configuration(run_dir: Path, cfg: Config) -> None:
     there, here = flatten(load_config(path).identity(), "."), flatten(cfg.identity(), ".")
     # `norm.name` before what follows from it
     for key in sorted(there.keys() | here.keys(), key=lambda k: (not k.endswith(".name"), k)):
-        if there.get(key) != here.get(key):
+        if repr(there.get(key)) != repr(here.get(key)):  # 1 and 1.0 have other hashes
             raise ConfigError(
                 f"{path}: {key}={there.get(key)} there, {here.get(key)} now; a run keeps its "
                 "configuration, so use another run_dir or the same values"

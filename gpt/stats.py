@@ -275,9 +275,10 @@ def spike_score(values: list[float]) -> float:
 
 
 def first_nonfinite(record: Record) -> str | None:
-    """The first place that holds NaN or infinity: γ or β, else in the order of the forward pass."""
+    """The first place in the forward pass that holds NaN or infinity."""
     for (_, name, key), value in record.items():
-        if key == "histogram" or key.startswith("tid_"):  # no number of the forward pass
+        # Neither a norm's weights nor what its running statistics are told by.
+        if key == "histogram" or key.startswith("tid_") or key.endswith(("_norm", "_drift")):
             continue
         largest = value[MOMENTS.index("absmax")] if value.dim() else value
         if not math.isfinite(largest.item()):

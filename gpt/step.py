@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from gpt.config import Config
 from gpt.data import TrainBatches
 from gpt.device import autocast
 from gpt.distributed import from_all_processes, mean_over_processes, rank
+from gpt.model import GPT
 from gpt.norms.registry import begin_step, commit, penalties
 from gpt.optim import lr_at
 from gpt.seeds import stream_seed
@@ -126,7 +127,7 @@ def is_finite(row: dict[str, Any]) -> bool:
 def where_not_finite(
     cfg: Config, state: TrainState, batches: TrainBatches, device: torch.device
 ) -> str:
-    """The first site in the forward pass of step `state.step` that is not finite, on any process.
+    """What was not finite first in step `state.step`.
 
     The step is taken again, with the weights that it left as they were.
     """
@@ -134,14 +135,26 @@ def where_not_finite(
     for name, buffer in state.model.named_buffers():
         buffer.copy_(state.memory[name])
     seed_dropout(cfg, state.step)
-    for x, y in batches.at(state.step, device):
+    site = first_not_finite(cfg, state.model, batches.at(state.step, device), device)
+    return f"first in {site}" if site else "not finite only in the backward pass"
+
+
+@torch.no_grad()
+def first_not_finite(
+    cfg: Config, model: GPT, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> str | None:
+    """The first weight, or place in the forward pass, that is not finite on any process."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return name
+    for x, y in batches:
         record: stats.Record = {}
-        with (
-            autocast(device, cfg.dtype),
-            stats.collect(state.model, record),
-        ):
-            state.model(x, y)
-        for site in from_all_processes(stats.first_nonfinite(record)):
-            if site:
-                return f"first in {site}"
-    return "not finite only in the backward pass"
+        with autocast(device, cfg.dtype), stats.collect(model, record):
+            model(x, y)
+        site = stats.first_nonfinite(record)
+        if site is None and not math.isfinite(penalties(model)):
+            site = "what the norms add to the loss"
+        for found in from_all_processes(site):
+            if found:
+                return found
+    return None

@@ -47,12 +47,13 @@ from gpt.placement import build_model, refuse_single_values
 from gpt.run_dir import locked, refuse_another_configuration, stop_signals
 from gpt.screen import Screen
 from gpt.sight import Sight
-from gpt.step import Row, is_finite, read, update, where_not_finite
+from gpt.step import Row, first_not_finite, is_finite, read, update, where_not_finite
 from gpt.surgery import source_sha256, transplant
 from gpt.tokenizer import save_tokenizer, token_bytes
 
 READ_EVERY = 10  # steps on CUDA, where reading a loss waits for the device; else each is read
 TRAIN_LOSS_OVER = 50  # last steps: the summary's training loss is the mean over them
+ADVICE = "Try a smaller optim.lr or another norm"
 ANOTHER = {  # in words, where one of a run's `sources` is another
     "corpus_sha256": "on another text",
     "train_bytes": "on another split of its text",
@@ -218,7 +219,11 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
         log.metrics(state.step, **result)
         run.screen.evaluation(state.step, result)
         if not math.isfinite(result["val_loss"]):
-            raise Diverged(f"diverged at step {state.step}: validation loss {result['val_loss']}")
+            site = first_not_finite(cfg, state.model.eval(), val.on(device), device)
+            raise Diverged(
+                f"diverged at step {state.step}: validation loss {result['val_loss']}, first in "
+                f"{site or 'the loss'}. {ADVICE}"
+            )
 
     with stop_signals() as signals, run.screen.progress:
         if state.step == 0:
@@ -251,7 +256,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
                 site = where_not_finite(cfg, state, batches, device)
                 raise Diverged(
                     f"diverged at step {state.step}: loss {rows[-1]['loss']}, gradient norm "
-                    f"{rows[-1]['grad_norm']}, {site}. Try a smaller optim.lr or another norm"
+                    f"{rows[-1]['grad_norm']}, {site}. {ADVICE}"
                 )
             if collecting:
                 log.stats(step, stats.table(record))
@@ -276,7 +281,7 @@ def introduce(run: Run, model: GPT) -> None:
         f"{parameters:,} parameters, {header.n_bytes:,} bytes of {cfg.data.name} to train on as "
         f"{header.n_tokens:,} {header.tokenizer} tokens of {header.vocab_size}"
     )
-    if cfg.optim.warmup_steps >= cfg.train.steps:
+    if cfg.optim.warmup_steps > cfg.train.steps:
         run.screen.say(
             f"optim.warmup_steps={cfg.optim.warmup_steps}: the run ends before optim.lr is reached"
         )

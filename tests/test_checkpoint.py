@@ -171,6 +171,13 @@ def test_a_finished_run_on_another_split_of_the_text_is_not_taken_for_this_one(
         train(config(*where))
 
 
+def test_equal_numbers_written_otherwise_are_named(config: Callable[..., Config]) -> None:
+    """Their hashes differ, and with them the names of runs."""
+    train(config("norm.eps=1"))
+    with pytest.raises(ConfigError, match=r"norm.eps=1 there, 1.0 now"):
+        train(config("norm.eps=1.0"))
+
+
 def test_a_run_without_its_config_file_is_not_resumed_as_another(
     run_dir: Path, config: Callable[..., Config]
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gpt.checkpoint import load_model
+from gpt.errors import Diverged
 from gpt.generate import generate
 from gpt.norms.batch import batch_statistics
 from gpt.tokenizer import load_tokenizer, make_tokenizer
@@ -147,3 +148,11 @@ def test_mistakes_are_one_line(args: list[str], code: int, message: str) -> None
     assert result.returncode == code
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_model_that_has_diverged_writes_no_text(run_dir: Path, temperature: float) -> None:
+    model, tokenizer = load_model(run_dir), load_tokenizer(run_dir / "tokenizer.json")
+    model.wte.weight.data[3, 5] = torch.nan
+    with pytest.raises(Diverged, match="its logits are not finite"):
+        next(generate(model, tokenizer, "the ", max_new_tokens=3, temperature=temperature))

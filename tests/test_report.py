@@ -403,6 +403,18 @@ def test_a_baseline_that_nothing_compares_with_is_refused(tmp_path: Path) -> Non
         choose_baseline("baseline=compile=yes", cells)
 
 
+def test_pictures_of_runs_that_differ_in_much_have_room_for_their_names(tmp_path: Path) -> None:
+    """Else matplotlib warns, and the maps and curves have no height."""
+    for seed in (1, 2):
+        much = {f"model.some_key_of_theirs_{i}": seed for i in range(25)}
+        summary(tmp_path, "layer", seed, 3.0 + seed, much)
+    cells = make_cells(load_summaries(tmp_path))
+    for figure in (pictures.draw_depth(cells), pictures.draw_curves(cells)):
+        assert figure is not None
+        figure.draw_without_rendering()
+        assert all(axis.get_window_extent().height > 100 for axis in figure.axes[:2])
+
+
 def test_names_with_brackets_and_dollars_are_shown_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -248,7 +248,7 @@ def test_the_first_site_that_is_not_finite_is_named() -> None:
     record: dict = {}
     with collect(model, record):
         model(torch.randint(50, (2, 8)))
-    assert first_nonfinite(record) == "h.1.mlp.in (gamma_norm)"
+    assert first_nonfinite(record) == "h.1.mlp.in (after)"
     model.h[1].mlp["in"].weight.data[3] = 1
     model.h[0].mlp["in"].forward = lambda x: x / 0
     record.clear()

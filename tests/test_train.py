@@ -27,7 +27,7 @@ from gpt.norms.registry import NORMS
 from gpt.placement import build_model
 from gpt.screen import Screen
 from gpt.sight import Sight
-from gpt.step import Row, read, update, where_not_finite
+from gpt.step import Row, first_not_finite, read, update, where_not_finite
 from gpt.trainer import Run, set_up, train
 from tests.conftest import BUILDABLE, curve, make_config, read_rows
 from tests.programs import REPO, run_program
@@ -294,6 +294,39 @@ def test_the_site_of_a_step_is_found_after_further_steps(
     assert torch.equal(state.memory["head.running_mean"], before[0])
 
 
+def test_a_weight_that_is_not_finite_is_named_and_a_large_one_is_not(
+    config: Callable[..., Config],
+) -> None:
+    cfg = config("norm=rbn", "norm.var_weight=0")
+    run, state, batches = first_state(cfg)
+    gamma = state.model.h[0].mlp["in"].weight  # type: ignore[index, union-attr]
+
+    def site() -> str | None:
+        return first_not_finite(cfg, state.model, batches.at(1, run.device), run.device)
+
+    gamma.data[:] = 1e20  # the sum of its squares is infinite in fp32
+    assert site() is None
+    state.model.h[1].attn["in"].mean_weight = math.inf  # type: ignore[index, union-attr]
+    assert site() == "what the norms add to the loss"
+    gamma.data[3] = math.nan
+    assert site() == "h.0.mlp.in.weight"
+
+
+def test_a_validation_loss_that_is_not_finite_has_its_site(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Brittle(torch.nn.Identity):
+        axes = ()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if self.training else x * math.nan
+
+    monkeypatch.setitem(NORMS, "brittle", Brittle)
+    told = r"diverged at step 0: validation loss nan, first in h.1.mlp.in \(after\). Try a smaller"
+    with pytest.raises(Diverged, match=told):
+        train(config("placement.mlp.in='brittle if l == 2 else layer'"))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_that_is_not_finite_changes_no_weight(
     fused: bool, config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
@@ -348,8 +381,10 @@ def test_a_run_says_what_it_is_and_whether_its_rate_is_ever_reached(
     assert "norm=rms placement=pre on cpu: 34,528 parameters, " in out
     assert " bytes of text to train on as " in out
     assert never not in out
-    train(config("optim.warmup_steps=6", f"run_dir={tmp_path}/short"))
-    assert f"optim.warmup_steps=6: {never}" in capsys.readouterr().out
+    train(config("optim.warmup_steps=6", "train.steps=6", f"run_dir={tmp_path}/just"))
+    assert never not in capsys.readouterr().out
+    train(config("optim.warmup_steps=7", "train.steps=6", f"run_dir={tmp_path}/short"))
+    assert f"optim.warmup_steps=7: {never}" in capsys.readouterr().out
 
 
 def test_a_run_whose_validation_losses_were_removed_is_one_line(
