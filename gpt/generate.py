@@ -32,8 +32,8 @@ def generate(
     seed         of the stream `sample`; drawn on the CPU, so that it does not depend on the device
 
     The model is put into evaluation mode and sees the last block_size tokens. A character whose
-    bytes are spread over several tokens is yielded when it is whole. Diverged is raised where a
-    logit is not finite.
+    bytes are spread over several tokens is yielded when it is whole. Diverged is raised where the
+    largest logit is not finite.
     """
     model.eval()
     device = model.wte.weight.device
@@ -43,7 +43,7 @@ def generate(
     idx = torch.tensor([ids], device=device)  # (1, T)
     for _ in range(max_new_tokens):
         logits = model(idx[:, -model.block_size :])[0][0, -1].float().cpu()  # (vocab_size,)
-        if not logits.isfinite().all():
+        if not logits.max().isfinite():  # a single −∞ is a token that is never drawn
             raise Diverged("the model has diverged, its logits are not finite; try an earlier step")
         if temperature == 0:
             token = logits.argmax().view(1)
