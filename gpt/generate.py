@@ -43,7 +43,8 @@ def generate(
     idx = torch.tensor([ids], device=device)  # (1, T)
     for _ in range(max_new_tokens):
         logits = model(idx[:, -model.block_size :])[0][0, -1].float().cpu()  # (vocab_size,)
-        if not logits.max().isfinite():  # a single −∞ is a token that is never drawn
+        largest = logits.max()
+        if not largest.isfinite():  # a single −∞ is a token that is never drawn
             raise Diverged("the model has diverged, its logits are not finite; try an earlier step")
         if temperature == 0:
             token = logits.argmax().view(1)
@@ -51,7 +52,7 @@ def generate(
             if 0 < top_k < len(logits):
                 logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
             # The largest is 0, so that the smallest temperature cannot overflow.
-            scaled = (logits - logits.max()).double() / max(temperature, 1e-200)
+            scaled = (logits - largest).double() / max(temperature, 1e-200)
             token = torch.multinomial(scaled.softmax(0), 1, generator=generator)
         idx = torch.cat([idx, token.view(1, 1).to(device)], dim=1)
         yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))

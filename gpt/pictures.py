@@ -62,18 +62,11 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
     cells = [cell for cell in in_order(cells) if cell.losses]
     if not cells:
         return None
-    groups = [(wrapped(c, 40), list(g)) for c, g in groupby(cells, key=lambda c: c.context)]
-    depths = [max(len(group), height(name)) + 1 for name, group in groups]  # in lines
-    middles = np.cumsum(depths) - np.array(depths) / 2
-    ys = {
-        cell.label: middle + i - (len(group) - 1) / 2
-        for middle, (_, group) in zip(middles, groups, strict=True)
-        for i, cell in enumerate(group)
-    }
+    ys, middles, end = line_up(cells)
     styles = norm_styles(cells)
     names = {n: wrapped(legend([c for c in cells if c.norm == n])) for n in styles}
-    lines = max(sum(depths), sum(height(name) + 0.5 for name in names.values()), 10)
-    characters = longest(names.values()) + longest(name for name, _ in groups)
+    lines = max(end, sum(height(name) + 0.5 for name in names.values()), 10)
+    characters = longest(names.values()) + longest(middles)
     size = (4.5 + 0.08 * characters, 0.8 + 0.17 * lines)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     low, high = final_limits(cells)
@@ -88,12 +81,28 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
             if mean > high:
                 axis.text(high, y, f"{mean:.4g} → ", ha="right", va="center", color=style["color"])
     axis.set_xlim(low, high)
-    axis.set_yticks(middles, [name for name, _ in groups])
-    axis.set_ylim(sum(depths), 0)
+    axis.set_yticks(list(middles.values()), list(middles))
+    axis.set_ylim(end, 0)
     axis.set_xlabel(f"validation loss, {UNITS[cells[0].unit]}")
     tidy(axis)
     figure.legend(frameon=False, loc="outside right center")
     return figure
+
+
+def line_up(cells: list[Cell]) -> tuple[dict[str, float], dict[str, float], float]:
+    """From the top, in lines: where each cell stands, by label; the middle of each context, by the
+    name that is written there; and the end."""
+    ys: dict[str, float] = {}
+    middles: dict[str, float] = {}
+    end = 0
+    for context, group in groupby(cells, key=lambda c: c.context):
+        labels, name = [cell.label for cell in group], wrapped(context, 40)
+        room = max(len(labels), height(name)) + 1
+        middles[name] = end + room / 2
+        first = middles[name] - (len(labels) - 1) / 2
+        ys |= {label: first + i for i, label in enumerate(labels)}
+        end += room
+    return ys, middles, end
 
 
 def draw_curves(cells: list[Cell]) -> Figure:

@@ -87,7 +87,7 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     configs = [read_config(s["run_dir"]) for s in summaries]
     several = [k for k in SOURCES if len({s.get(k) for s in summaries} - {None}) > 1]
     values = variety(configs)
-    plain = usual(configs)
+    plain = usual(values)
     found = []
     for s, config in zip(summaries, configs, strict=True):
         head = ("norm", s["norm"]), ("placement", s["placement"])
@@ -103,7 +103,7 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def unsaid(summaries: list[dict[str, Any]]) -> str:
     """A sentence: which keys have their usual value where a label does not name them. Or empty."""
-    plain = usual([read_config(s["run_dir"]) for s in summaries])
+    plain = usual(variety([read_config(s["run_dir"]) for s in summaries]))
     said = [f"{key}={plain[key, name]}" + f" ({name})" * bool(name) for key, name in plain]
     return f"Where a name does not say otherwise: {', '.join(said)}." if said else ""
 
@@ -116,25 +116,27 @@ def scope_of(config: dict[str, Any], key: str) -> tuple[str, str]:
 
 
 def variety(configs: list[dict[str, Any]]) -> dict[tuple[str, str], Counter[str]]:
-    """How many runs have which value, of the keys that differ and that no label has anyway."""
-    configs = [config for config in configs if config]
-    keys = sorted({key for config in configs for key in config} - LABELLED - UNSEEN)
+    """How many runs have which value, of the keys that differ and that no label has anyway. A run
+    of which nothing is known counts among those that have none."""
+    known = [config for config in configs if config]
+    keys = sorted({key for config in known for key in config} - LABELLED - UNSEEN)
     values: dict[tuple[str, str], Counter[str]] = {}
-    for config in configs:
+    for config in known:
         for key in keys:
             values.setdefault(scope_of(config, key), Counter())[str(config.get(key))] += 1
-    return {scope: counts for scope, counts in values.items() if len(counts) > 1}
+    unknown = Counter({"None": len(configs) - len(known)})
+    return {scope: counts + unknown for scope, counts in values.items() if len(counts) > 1}
 
 
-def usual(configs: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
-    """Of what differs the value that more than half of the runs have, where none has none; but of
-    the learning rate, for each cell has its best one. Nothing where a run's are not known."""
+def usual(values: dict[tuple[str, str], Counter[str]]) -> dict[tuple[str, str], str]:
+    """The value that more than half of the runs have, where none has none; but of the learning
+    rate, for each cell has its best one."""
     found = {}
-    for (key, name), counts in variety(configs).items():
+    for (key, name), counts in values.items():
         value, n = counts.most_common(1)[0]
         if 2 * n > counts.total() and "None" not in counts and key != "optim.lr":
             found[key, name] = value
-    return found if all(configs) else {}
+    return found
 
 
 def label(traits: dict[str, Any]) -> str:
