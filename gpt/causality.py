@@ -36,7 +36,7 @@ def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int, dtype:
             if name not in kept:
                 raise ConfigError(f"{name}: it was not there from the start; give it a tensor then")
             buffer.copy_(kept[name])
-        begin_step(model, step, steps)
+        begin_step(norms_of(model), step, steps)
         torch.manual_seed(0)  # the same dropout in both
         try:
             with torch.set_grad_enabled(model.training), autocast(device, dtype):
@@ -77,7 +77,7 @@ def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int, dtype:
     training = sight()
     for name, tensor in tensors_of(model).items():
         tensor.copy_(kept[name])
-    begin_step(model, 1, steps)
+    begin_step(norms_of(model), 1, steps)
     return Sight(training, evaluation)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,14 @@ class TrainState:
 
     setting  what must be the same when resuming, beside the configuration: what the run is
              made of, the device and the precision that `auto` stood for
-    memory   the buffers before the step that is being taken, see `gpt.step.remember`
+    memory   all buffers, as they were before the step that is being taken, see `gpt.step.remember`
     """
 
     step: int
     model: GPT
     optimizer: torch.optim.Optimizer
     setting: dict[str, Any]
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor]
 
 
 def save(run_dir: Path, state: TrainState, keep: int) -> None:

@@ -18,7 +18,7 @@ from gpt.data import TrainBatches
 from gpt.device import autocast
 from gpt.distributed import from_all_processes, mean_over_processes, rank
 from gpt.model import GPT
-from gpt.norms.registry import begin_step, commit, penalties
+from gpt.norms.registry import begin_step, commit, norms_of, penalties
 from gpt.optim import lr_at
 from gpt.seeds import stream_seed
 
@@ -53,9 +53,10 @@ def update(
     accum = cfg.train.grad_accum
     losses: list[Tensor] = []
     record: stats.Record = {}
-    begin_step(model, step, cfg.train.steps)
+    norms = norms_of(model)  # once: the walk takes as long as a dozen small kernels
+    begin_step(norms, step, cfg.train.steps)
     remember(state)
-    seed_dropout(cfg, step)
+    seed_dropout(cfg, step, device)
     for x, y in batches.at(step, device):
         watching: AbstractContextManager[None] = nullcontext()
         if collecting and not losses:
@@ -63,7 +64,7 @@ def update(
         with watching, gradients_stay(forward, len(losses) < accum - 1):
             with autocast(device, cfg.dtype):
                 _, loss = forward(x, y)
-            ((loss + penalties(model)) / accum).backward()
+            ((loss + penalties(norms)) / accum).backward()
         losses.append(loss.detach())
     loss = mean_over_processes(torch.stack(losses).mean())
     with stats.watch_update(model, record) if collecting else nullcontext():
@@ -83,7 +84,7 @@ def update(
         elif both_finite:
             optimizer.step()
     optimizer.zero_grad()
-    commit(model)
+    commit(norms)
     state.step = step
     return Row(step, lr, loss, grad_norm), record
 
@@ -92,14 +93,18 @@ def remember(state: TrainState) -> None:
     """Keep what the norms remember before this step, or before the first that was not finite: the
     cause is looked for there. Decided on the device, like the update."""
     lost = getattr(state.optimizer, "found_inf", None)  # there from the first fused update on
-    for name, buffer in state.model.named_buffers():
-        kept = state.memory.get(name, buffer)
+    for name, kept in state.memory.items():
+        buffer = state.model.get_buffer(name)
         state.memory[name] = buffer.clone() if lost is None else torch.where(lost > 0, kept, buffer)
 
 
-def seed_dropout(cfg: Config, step: int) -> None:
+def seed_dropout(cfg: Config, step: int, device: torch.device) -> None:
     """Dropout follows from the seed, the step and the process; nothing else draws in a step."""
-    torch.manual_seed(stream_seed(cfg.seed, f"dropout/{step}/{rank()}"))
+    seed = stream_seed(cfg.seed, f"dropout/{step}/{rank()}")
+    # Not torch.manual_seed, which takes 0.1 ms to ask every kind of device.
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def gradients_stay(forward: nn.Module, more_to_come: bool) -> AbstractContextManager[None]:
@@ -131,10 +136,10 @@ def where_not_finite(
 
     The step is taken again, with the weights that it left as they were.
     """
-    begin_step(state.model, state.step, cfg.train.steps)
-    for name, buffer in state.model.named_buffers():
-        buffer.copy_(state.memory[name])
-    seed_dropout(cfg, state.step)
+    begin_step(norms_of(state.model), state.step, cfg.train.steps)
+    for name, kept in state.memory.items():
+        state.model.get_buffer(name).copy_(kept)
+    seed_dropout(cfg, state.step, device)
     site = first_not_finite(cfg, state.model, batches.at(state.step, device), device)
     return f"first in {site}" if site else "not finite only in the backward pass"
 
@@ -152,7 +157,7 @@ def first_not_finite(
         with autocast(device, cfg.dtype), stats.collect(model, record):
             model(x, y)
         site = stats.first_nonfinite(record)
-        if site is None and not math.isfinite(penalties(model)):
+        if site is None and not math.isfinite(penalties(norms_of(model))):
             site = "what the norms add to the loss"
         for found in from_all_processes(site):
             if found:

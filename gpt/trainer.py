@@ -169,7 +169,7 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
         )
     n_vocab, block_size = data.tokenizer.n_vocab, cfg.model.block_size
     model = build_model(cfg, n_vocab).to(device)
-    defer(model, cfg.train.grad_accum)
+    defer(norms_of(model), cfg.train.grad_accum)
     refuse_single_values(model, cfg)
     sight = probe(model, n_vocab, block_size, cfg.train.steps, cfg.dtype)
     if cfg.strict_causal:
@@ -181,7 +181,8 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
         "precision": precision(device, cfg.dtype),
         "configuration": cfg.hash(),
     }
-    state = TrainState(0, model, make_optimizer(model, cfg.optim), setting)
+    memory = dict(model.named_buffers())
+    state = TrainState(0, model, make_optimizer(model, cfg.optim), setting, memory)
     return Run(cfg, run_dir, device, data, sight, screen), state
 
 

@@ -126,7 +126,7 @@ def test_folded_norms_give_the_same_logits(norm: str, placement: str) -> None:
     for module in norms_of(model):
         for parameter in module.parameters():
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        begin_step(model, 100, 100)  # prepbn has no RMSNorm left
+        begin_step(norms_of(model), 100, 100)  # prepbn has no RMSNorm left
     idx = torch.randint(61, (4, 32), generator=generator)
     for _ in range(3):
         model.train()(idx)
@@ -218,10 +218,10 @@ def test_annealing_and_power_norm_see_micro_batches_as_one_batch() -> None:
     for make in (lambda: AnnealedLayerNorm(7), lambda: PowerNorm(7, warmup_steps=0)):
         whole, parts = make().double(), make().double()
         for (norm, pieces), _ in product(((whole, 1), (parts, 4)), range(2)):
-            defer(norm, pieces)
+            defer([norm], pieces)
             for micro, gradient in zip(x.chunk(pieces), dy.chunk(pieces), strict=True):
                 norm(micro.clone().requires_grad_()).backward(gradient)
-            commit(norm)
+            commit([norm])
         for (name, a), b in zip(whole.named_buffers(), parts.buffers(), strict=True):
             torch.testing.assert_close(a, b, msg=name)
         assert any(b.dim() and b.abs().sum() > 0 for b in whole.buffers()) or whole.running_std > 0
@@ -234,7 +234,7 @@ def test_rbn_s_penalty_is_minimised_and_not_logged(
     x[0, :, 0] = torch.tensor([1.0, 3.0])  # means 2, 0; biased variances 1, 0
     norm.running_mean[0] = 0.5  # the others 0; running variances 1
     norm(x)
-    assert float(penalties(norm)) == pytest.approx(2 * (1.5**2 + 0) + 3 * (0 + 1))
+    assert float(penalties([norm])) == pytest.approx(2 * (1.5**2 + 0) + 3 * (0 + 1))
     for weight in (0, 10):
         train(config("norm=rbn", f"norm.mean_weight={weight}", f"norm.var_weight={weight}",
                      f"run_dir={tmp_path}/{weight}"))  # fmt: skip

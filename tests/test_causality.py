@@ -15,7 +15,7 @@ from gpt.causality import probe
 from gpt.config import Config
 from gpt.errors import ConfigError
 from gpt.norms.layer import LayerNorm
-from gpt.norms.registry import NORMS, begin_step
+from gpt.norms.registry import NORMS, begin_step, norms_of
 from gpt.placement import build_model
 from gpt.sight import FUTURE, NEIGHBOURS, UNKNOWN, Sight
 from gpt.trainer import train
@@ -175,7 +175,7 @@ def test_power_norm_is_causal_without_a_warm_up_on_the_batch() -> None:
 @pytest.mark.parametrize("norm", ["prepbn", "power", "anneal"])
 def test_probing_leaves_no_trace(norm: str) -> None:
     model = build_model(make_config("data=pydoc", f"norm={norm}", "model.dropout=0.5"), 61)
-    begin_step(model, 1, 1000)
+    begin_step(norms_of(model), 1, 1000)
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
     x, outputs = torch.randint(61, (4, 32)), []

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gpt.norms.layer import LayerNorm
-from gpt.norms.registry import NORMS, begin_step, build_norm, commit, defer
+from gpt.norms.registry import NORMS, begin_step, build_norm, commit, defer, norms_of
 from gpt.optim import make_optimizer
 from tests.conftest import make_config
 from tests.programs import REPO
@@ -42,7 +42,7 @@ def make(name: str) -> Make:
         generator = torch.Generator().manual_seed(1)
         for parameter in norm.parameters():
             parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
-        begin_step(norm, 50, 100)
+        begin_step(norms_of(norm), 50, 100)
         return norm
 
     return build
@@ -256,7 +256,7 @@ def test_it_compiles_without_a_graph_break(norm_name: str, training: bool) -> No
     results = []
     for compiling in (False, True):
         norm = trained(make(norm_name)(8)).train(training)
-        defer(norm, micro_batches=1)
+        defer(norms_of(norm), micro_batches=1)
         run = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiling else norm
         found = []
         for seed in range(3):
@@ -264,7 +264,7 @@ def test_it_compiles_without_a_graph_break(norm_name: str, training: bool) -> No
             x.requires_grad_()
             y = run(x)
             y.backward(dy)
-            commit(norm)
+            commit(norms_of(norm))
             found += [y.detach(), x.grad]
         parameters = [p.grad for p in norm.parameters()]
         results.append([*found, *parameters, *(b.clone() for b in norm.buffers())])

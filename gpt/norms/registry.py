@@ -199,7 +199,7 @@ def name_of(norm: nn.Module) -> str:
 
 def norms_of(module: nn.Module) -> list[Any]:
     """Every registered norm inside `module`, in order."""
-    types = set(NORMS.values())  # asked several times a step
+    types = set(NORMS.values())
     return [m for m in module.modules() if type(m) in types]
 
 
@@ -214,30 +214,30 @@ def progress(step: int, steps: int) -> float:
     return (step - 1) / max(1, steps - 1)
 
 
-def defer(model: nn.Module, micro_batches: int) -> None:
+def defer(norms: list[Any], micro_batches: int) -> None:
     """Let running statistics change once a step, where they would change within it."""
-    for norm in norms_of(model):
+    for norm in norms:
         if hasattr(norm, "commit"):
             norm.deferred = micro_batches > 1 or getattr(norm, "defers", False)
 
 
-def commit(model: nn.Module) -> None:
+def commit(norms: list[Any]) -> None:
     """The step is done: what deferred norms have seen becomes part of their statistics."""
-    for norm in norms_of(model):
+    for norm in norms:
         if getattr(norm, "deferred", False):
             norm.commit()
 
 
-def begin_step(model: nn.Module, step: int, steps: int) -> None:
+def begin_step(norms: list[Any], step: int, steps: int) -> None:
     """Tell the norms that change while training which of its `steps` begins."""
-    for norm in norms_of(model):
+    for norm in norms:
         if hasattr(norm, "begin_step"):
             norm.begin_step(step, steps)
 
 
-def penalties(model: nn.Module) -> Tensor | float:
+def penalties(norms: list[Any]) -> Tensor | float:
     """What the norms add to the loss that is minimised; the loss that is logged is without."""
-    return sum((n.penalty for n in norms_of(model) if hasattr(n, "penalty")), 0.0)
+    return sum((n.penalty for n in norms if hasattr(n, "penalty")), 0.0)
 
 
 def wide(x: Tensor) -> Tensor:
