@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from struct import Struct, unpack_from
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gpt.kernels import layer_norm, nvrtc
-from gpt.kernels.layer_norm import Plan
+from gpt.kernels.layer_norm import Launch, Plan
 from tests.ptx_memory import Fault, Memory
 
 LANES = 1 << 15  # how many run at once, in whole blocks
@@ -304,24 +305,26 @@ def as_bf16(value: Any) -> Any:
     return np.where(np.isnan(value), np.uint32(0x7FFF), rounded)
 
 
-def launch(
-    plan: Plan,
-    name: str,
-    grid: tuple[int, int],
-    threads: int,
-    arguments: tuple[Any, ...],
-    arch: str = "compute_90",
-    only_last_block: bool = False,
+def queue(plan: Plan, _: torch.device, *launches: Launch, arch: str = "compute_90") -> None:
+    """Takes the place of `queue` of gpt/kernels/layer_norm.py, with tensors of the CPU."""
+    for launch in launches:
+        run(plan, launch, arch)
+
+
+def run(
+    plan: Plan, launch: Launch, arch: str = "compute_90", only_last_block: bool = False
 ) -> None:
-    """Takes the place of `launch` of gpt/kernels/layer_norm.py, with tensors of the CPU."""
+    name, grid, threads, arguments = launch
     kernel = kernels(layer_norm.SOURCE, plan.options(), arch)[name]
     if not 0 < threads <= kernel.threads or 0 in grid:
         raise Fault(f"{grid} blocks of {threads} threads, compiled for up to {kernel.threads}")
+    packed = Struct(layer_norm.ARGUMENTS[name]).pack(*layer_norm.as_numbers(arguments))
+    assert len(packed) == 8 * len(kernel.parameters)
     values, memory = {}, []
-    for argument, (_, parameter) in zip(arguments, kernel.parameters, strict=True):
-        values[parameter] = 0 if argument is None else argument
+    for i, (kind, parameter) in enumerate(kernel.parameters):
+        (values[parameter],) = unpack_from({"u64": "q", "f32": "f"}[kind], packed, 8 * i)
+    for argument in arguments:
         if isinstance(argument, Tensor):
-            values[parameter] = argument.data_ptr()
             bits = {2: torch.int16, 4: torch.int32}[argument.itemsize]
             items = argument.detach().view(-1).view(bits).numpy().view(f"u{argument.itemsize}")
             memory.append(Memory(argument.data_ptr(), items))

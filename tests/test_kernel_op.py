@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_float, c_longlong, c_void_p
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,14 +205,10 @@ def test_what_a_call_does_not_have_does_not_narrow_its_accesses() -> None:
     assert kernels.kind_of(x, None, x, torch.ones(8), False, (None, None)).vec() == 4
 
 
-class OnAnotherDevice(Tensor):
-    device = torch.device("cuda", 99)
-
-
-def test_a_kernel_is_queued_on_its_tensors_device_and_torch_s_stream(
+def test_kernels_are_queued_on_their_device_and_torch_s_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With tensors as pointers, None as a null pointer, and numbers in the kernel's own types."""
+    """With tensors as pointers, and None as a null pointer."""
     done: list[Any] = []
 
     @contextmanager
@@ -227,12 +222,14 @@ def test_a_kernel_is_queued_on_its_tensors_device_and_torch_s_stream(
     monkeypatch.setattr(torch.cuda, "current_stream", streams.get)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device - 99))
     monkeypatch.setattr(nvrtc, "make_current", done.append)
-    monkeypatch.setattr(nvrtc, "kernel", lambda *a: a)
-    monkeypatch.setattr(nvrtc, "launch", lambda *a: done.append(a))
+    monkeypatch.setattr(nvrtc, "module", lambda *a: a)
+    monkeypatch.setattr(
+        nvrtc, "Kernel", lambda *a: SimpleNamespace(launch=lambda *b: done.append((*a, *b)))
+    )
     plan = kernels.Kind(24, F32, F32, F32, F32, False, True).forward()
-    x = torch.ones(2, 24).as_subclass(OnAnotherDevice)
-    kernels.launch(plan, "layer_norm_forward", (3, 1), 128, (None, x, 7, 0.5))
-    function = (kernels.SOURCE, plan.options(), "sm_90", 99, "layer_norm_forward")
-    values, types = (0, x.data_ptr(), 7, 0.5), (c_void_p, c_void_p, c_longlong, c_float)
-    launched = (function, (3, 1), 128, 0x55, values, types)
-    assert done == [torch.device("cuda", 99), 99, launched, "back"]
+    x, name = torch.ones(2, 24), "layer_norm_forward"
+    launch = kernels.Launch(name, (3, 1), 128, (None, x, 7, 0.5))
+    kernels.queue(plan, torch.device("cuda", 99), launch, launch)
+    module = (kernels.SOURCE, plan.options(), "sm_90", 99)
+    launched = (module, name, "9q f4x", (3, 1), 128, 0x55, [0, x.data_ptr(), 7, 0.5])
+    assert done == [torch.device("cuda", 99), 99, launched, launched, "back"]

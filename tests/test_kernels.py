@@ -4,7 +4,6 @@ right to the last thread."""
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.kernels import layer_norm
-from gpt.kernels.layer_norm import SOURCE, Plan, backward_cuda, forward_cuda
+from gpt.kernels.layer_norm import SOURCE, Launch, Plan, backward_cuda, forward_cuda
 from tests import ptx
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -82,7 +81,7 @@ def test_the_arithmetic_equals_float64(
 def test_architectures_without_instructions_for_bf16_compute_the_same(
     kernels_on_host: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_norm, "launch", partial(ptx.launch, arch="compute_75"))
+    monkeypatch.setattr(layer_norm, "queue", partial(ptx.queue, arch="compute_75"))
     test_the_arithmetic_equals_float64(kernels_on_host, (23, 768), True, DTYPES[1])
 
 
@@ -120,13 +119,14 @@ def test_rows_past_two_billion_elements_are_found(C: int, monkeypatch: pytest.Mo
     pytest.importorskip("cuda.bindings")
     sums = []  # Σ dy x̂ and Σ dy of that block
 
-    def launch(plan: Plan, name: str, grid: Any, threads: int, arguments: tuple[Any, ...]) -> None:
-        if name == "layer_norm_finalise":
-            sums.extend(arguments[0][-1])
-            return
-        ptx.launch(plan, name, grid, threads, arguments, only_last_block=True)
+    def queue(plan: Plan, _: torch.device, *launches: Launch) -> None:
+        for launch in launches:
+            if launch.name == "layer_norm_finalise":
+                sums.extend(launch.arguments[0][-1])
+            else:
+                ptx.run(plan, launch, only_last_block=True)
 
-    monkeypatch.setattr(layer_norm, "launch", launch)
+    monkeypatch.setattr(layer_norm, "queue", queue)
     monkeypatch.setattr(layer_norm, "multiprocessors", lambda _: 1 << 30)  # as many as are asked
     torch.manual_seed(0)
     N = 2**31 // C + 1001  # one row in the last block

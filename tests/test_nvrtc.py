@@ -7,7 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_longlong, c_void_p
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -82,14 +88,13 @@ def test_missing_bindings_are_one_line_that_says_what_to_install(
 
 # What a backward pass does, in a program of its own: a driver is found once a process.
 LAUNCH = f"""
-from ctypes import c_float, c_longlong, c_void_p
 from gpt.kernels import nvrtc
 nvrtc.make_current(1)
-function = nvrtc.kernel({SCALE!r}, (), "sm_90", 1, "scale")
-arguments = (0x7F0123456780, 0, 2**40 + 5, 1.5), (c_void_p, c_void_p, c_longlong, c_float)
-nvrtc.launch(function, (3, 4), 128, 0x55, *arguments)
+scale = nvrtc.Kernel(nvrtc.module({SCALE!r}, (), "sm_90", 1), "scale", "3q f4x")
+arguments = (0x7F0123456780, 0, 2**40 + 5, 1.5)
+scale.launch((3, 4), 128, 0x55, arguments)
 try:
-    nvrtc.launch(function, (0, 1), 128, 0x55, *arguments)
+    scale.launch((0, 1), 128, 0x55, arguments)
 except RuntimeError as error:
     print(error, flush=True)
 """
@@ -115,3 +120,26 @@ def test_the_driver_is_given_the_kernel_and_its_arguments(tmp_path: Path) -> Non
     command = [sys.executable, "-c", LAUNCH]
     done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True)
     assert done.stdout == ASKED, done.stderr
+
+
+def test_a_kernel_that_two_threads_launch_takes_each_one_s_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The driver has not read the first one's yet when the second comes."""
+    seen, first_is_in = [], Event()
+
+    def launch(*arguments: Any) -> tuple[int]:
+        first_is_in.set()
+        time.sleep(0.05)
+        values = c_void_p.from_address(arguments[9]).value
+        seen.append(c_longlong.from_address(values or 0).value)
+        return (0,)
+
+    driver = SimpleNamespace(cuModuleGetFunction=lambda *_: (0, None), cuLaunchKernel=launch)
+    monkeypatch.setattr(nvrtc, "bindings", lambda: (driver, None))
+    kernel = nvrtc.Kernel(None, "kernel", "q")
+    with ThreadPoolExecutor() as threads:
+        threads.submit(kernel.launch, (1, 1), 32, 0, [1])
+        first_is_in.wait()
+        threads.submit(kernel.launch, (1, 1), 32, 0, [2])
+    assert seen == [1, 2]

@@ -10,9 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
+from ctypes import addressof, c_void_p, create_string_buffer
 from functools import cache
 from pathlib import Path
+from struct import Struct
+from threading import Lock
 from typing import Any
 
 from gpt.errors import MissingInput
@@ -100,31 +104,40 @@ def primary_context(device: int) -> Any:
     return check(driver, driver.cuDevicePrimaryCtxRetain(check(driver, driver.cuDeviceGet(device))))
 
 
-def kernel(source: str, options: tuple[str, ...], arch: str, device: int, name: str) -> Any:
-    """The function `name` of a compiled source, loaded on `device`, whose context is current."""
-    driver, _ = bindings()
-    return check(
-        driver, driver.cuModuleGetFunction(module(source, options, arch, device), name.encode())
-    )
-
-
 @cache
 def module(source: str, options: tuple[str, ...], arch: str, device: int) -> Any:
+    """A compiled source, loaded on `device`, whose context is current."""
     driver, _ = bindings()
     return check(driver, driver.cuModuleLoadData(cached_cubin(source, options, arch)))
 
 
-def launch(
-    function: Any,
-    grid: tuple[int, int],
-    threads: int,
-    stream: int,
-    values: tuple[Any, ...],
-    types: tuple[Any, ...],
-) -> None:
-    """Queue `function` on `stream` with `threads` threads a block; nothing is waited for."""
-    driver, _ = bindings()
-    check(
-        driver,
-        driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, 0, stream, (values, types), 0),
-    )
+class Kernel:
+    """The function `name` of a loaded module, with room for its arguments.
+
+    layout  of the arguments, in the language of `struct`, each filling 8 bytes: q is a pointer or
+            a long long, f4x a float
+    """
+
+    def __init__(self, module: Any, name: str, layout: str) -> None:
+        driver, _ = bindings()
+        self.function = check(driver, driver.cuModuleGetFunction(module, name.encode()))
+        self.layout = Struct(layout)
+        self.values = create_string_buffer(self.layout.size)
+        start, size = addressof(self.values), self.layout.size
+        self.pointers = (c_void_p * (size // 8))(*range(start, start + size, 8))
+        self.lock = Lock()  # another thread's values must wait until the driver has these
+
+    def launch(
+        self, grid: tuple[int, int], threads: int, stream: int, values: Sequence[int | float]
+    ) -> None:
+        """Queue it on `stream` with `threads` threads a block; nothing is waited for."""
+        driver, _ = bindings()
+        with self.lock:
+            self.layout.pack_into(self.values, 0, *values)
+            pointers = addressof(self.pointers)
+            check(
+                driver,
+                driver.cuLaunchKernel(
+                    self.function, *grid, 1, threads, 1, 1, 0, stream, pointers, 0
+                ),
+            )
