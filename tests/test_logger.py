@@ -109,6 +109,7 @@ def test_without_a_login_wandb_is_offline_asks_nothing_and_changes_nothing(
 def test_what_wandb_is_told(config: Callable[..., Config], tmp_path: Path) -> None:
     """Its offline file, read back: configuration without paths, tags, histograms, the sample."""
     cfg = config("wandb.mode=offline", "norm=batch", "run_dir=null")
+    cfg.norm["module"] = "/home/me/mine.py"
     run_dir = tmp_path / "a-sweep" / "cell"
     run_dir.mkdir(parents=True)
     log = RunLog(run_dir, cfg, keep_until=-1)
@@ -116,7 +117,8 @@ def test_what_wandb_is_told(config: Callable[..., Config], tmp_path: Path) -> No
     assert told.group == "a-sweep"
     assert told.job_type == "train"
     assert set(told.tags) == {"batch", "pre", "text"}
-    assert "corpus.txt" not in str(dict(told.config))
+    for path in ("corpus.txt", "mine.py"):
+        assert path not in str(dict(told.config))
     assert told.config["norm"]["momentum"] == 0.1
     table = {"sites": {"head": {"before": {"rms": 2.0}, "histogram": [0.5] * 2 + [0.0] * 30}}}
     log.stats(1, table)
