@@ -41,7 +41,7 @@ from gpt.files import read_json, read_jsonl, sha256, write_atomically
 from gpt.generate import generate
 from gpt.logger import RunLog
 from gpt.model import GPT
-from gpt.norms.registry import defer, norms_of
+from gpt.norms.registry import defer, name_of, norms_of
 from gpt.optim import make_optimizer
 from gpt.placement import build_model, refuse_single_values
 from gpt.run_dir import locked, refuse_another_configuration, stop_signals
@@ -277,8 +277,10 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
 def introduce(run: Run, model: GPT) -> None:
     cfg, header = run.cfg, run.data.train.header
     parameters = sum(p.numel() for p in model.parameters())
+    others = sorted({name_of(norm) for norm in norms_of(model)} - {cfg.norm["name"]})
+    in_slots = f" (in some slots {', '.join(others)})" if others else ""
     run.screen.say(
-        f"norm={cfg.norm['name']} placement={cfg.placement.name} on {run.device}: "
+        f"norm={cfg.norm['name']}{in_slots} placement={cfg.placement.name} on {run.device}: "
         f"{parameters:,} parameters, {header.n_bytes:,} bytes of {cfg.data.name} to train on as "
         f"{header.n_tokens:,} {header.tokenizer} tokens of {header.vocab_size}"
     )

@@ -134,6 +134,25 @@ def test_what_wandb_is_told(config: Callable[..., Config], tmp_path: Path) -> No
     assert b"table" in content
 
 
+@pytest.mark.parametrize("sent", [False, True])
+def test_what_an_offline_run_told_before_it_was_killed_is_told_again_unless_it_was_sent(
+    sent: bool, config: Callable[..., Config], tmp_path: Path
+) -> None:
+    left = tmp_path / "wandb" / "offline-run-before"
+    left.mkdir(parents=True)
+    (left / "run.wandb").touch()
+    if sent:
+        (left / "run.wandb.synced").touch()  # as `wandb sync` leaves it
+    rows = [{"step": i, "loss": 2.0} for i in range(1, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = RunLog(tmp_path, config("wandb.mode=offline"), keep_until=3)
+    told = dict(log.wandb.run.summary)
+    log.close()
+    sys.modules["wandb"].teardown()
+    assert ("loss" in told) == (not sent)
+    assert left.exists() == sent
+
+
 def test_an_unreachable_wandb_warns_once_and_the_run_succeeds(corpus: Path, tmp_path: Path) -> None:
     result = wandb_run(
         corpus,

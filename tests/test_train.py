@@ -183,7 +183,11 @@ def test_a_run_says_what_it_is_and_whether_its_rate_is_ever_reached(
     assert " bytes of text to train on as " in out
     assert never not in out
     train(config("optim.warmup_steps=6", "train.steps=6", f"run_dir={tmp_path}/just"))
-    assert never not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "norm=layer placement=pre on cpu" in out
+    assert never not in out
+    train(config("placement.attn.out=rms", f"run_dir={tmp_path}/slot"))
+    assert "norm=layer (in some slots rms) placement=pre on cpu" in capsys.readouterr().out
     train(config("optim.warmup_steps=7", "train.steps=6", f"run_dir={tmp_path}/short"))
     assert f"optim.warmup_steps=7: {never}" in capsys.readouterr().out
 
