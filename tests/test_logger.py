@@ -261,5 +261,7 @@ def test_wandb_sync_takes_an_offline_run_and_tells_nothing_of_the_machine(
     assert json.loads(table)["columns"] == ["step", "sample"]
     assert "requirements.txt" not in run.files
     everything = f"{run.told} {run.files}"
-    for secret in (os.uname().nodename + "'", str(tmp_path), str(REPO), KEY):
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, cwd=REPO, capture_output=True, text=True).stdout.strip()
+    for secret in (os.uname().nodename + "'", str(tmp_path), str(REPO), KEY, commit or "no commit"):
         assert secret not in everything, everything[everything.index(secret) - 200 :][:400]
