@@ -17,8 +17,8 @@ import torch
 
 from gpt.config import Config
 from gpt.data import TrainBatches, ValBatches
-from gpt.device import peak_memory, reset_peak_memory
-from gpt.errors import DataError
+from gpt.device import peak_memory, reset_peak_memory, resolve_device
+from gpt.errors import DataError, MissingInput
 from gpt.evaluate import evaluate
 from gpt.placement import build_model
 from gpt.trainer import train
@@ -223,6 +223,21 @@ def test_each_step_and_each_evaluation_has_a_row(
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_a_cuda_device_with_a_number_becomes_torch_s_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert resolve_device("auto") == torch.device("cuda")
+    assert current == []
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+    with pytest.raises(MissingInput, match="device=cuda:2: not on this machine; it has cuda, "):
+        resolve_device("cuda:2")
+
+
 def test_the_peak_memory_is_the_run_s_own() -> None:
     """A sweep's cells share a process: a small one after a large one does not report its peak."""
     device = torch.device("cpu")
