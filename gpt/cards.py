@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gpt.errors import MissingInput
-from gpt.norms.registry import NORMS, build_norm, norm_class, sizes
+from gpt.norms.registry import NORMS, build_norm, fitting, norm_class, sizes
 
 SHAPE = (16, 128, 128)  # of the timed input: the default run's
 DIMS = {"B": 0, "T": 1, "C": 2}
@@ -21,9 +21,7 @@ DIMS = {"B": 0, "T": 1, "C": 2}
 
 def example(name: str, width: int, block_size: int = SHAPE[1]) -> Any:
     """The norm at its defaults, but for what the sizes decide."""
-    options: dict[str, Any] = sizes(name, block_size)
-    if "groups" in inspect.signature(norm_class(name)).parameters and width % 4:
-        options["groups"] = 1
+    options = sizes(name, block_size) | fitting(name, width)
     return build_norm(name, width, **options).to(home(name))
 
 
@@ -95,7 +93,7 @@ def card(name: str) -> list[list[str]]:
     training and, where that differs, in evaluation, and the 3×3 example worked out by the norm."""
     cls = norm_class(name)
     differs = cls.evaluation_axes != cls.axes
-    groups = 2 if "groups" in inspect.signature(cls).parameters else 1
+    groups = 2 if cls.divisors else 1
     try:
         example = list(worked_example(name))
     except MissingInput as error:
@@ -149,7 +147,7 @@ def worked_example(name: str) -> Iterator[str]:
     one_by_one = "B" in cls.axes and "T" not in cls.axes  # three samples of a token each
     x = torch.arange(1.0, 10.0).view((3, 1, 3) if one_by_one else (1, 3, 3)).to(home(name))
     what = "samples of one token" if one_by_one else "tokens of one sample"
-    yield f"three {what}, three features" + ", one group: LayerNorm" * hasattr(norm, "groups")
+    yield f"three {what}, three features" + ", in one group" * bool(cls.divisors)
     yield from rows(x.view(3, 3))
     if cls.axes and set(cls.axes) != set(DIMS):
         dims = [DIMS[axis] for axis in cls.axes]

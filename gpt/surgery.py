@@ -24,8 +24,9 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     tokens  the fingerprint of this run's tokenizer
 
     The model's sizes, its placement and its tokens must be that run's, and without
-    `init.swap_norm` its norm as well, else ConfigError. Of norms that are swapped, parameters of
-    the same name and shape (γ, β) are kept; the others and running statistics start afresh.
+    `init.swap_norm` its norm as well, else ConfigError. If norms are swapped, parameters of the
+    same name and shape (γ, β) begin as far from where the new norm starts them as they were from
+    where the old one did; the others and running statistics start afresh.
     """
     source = Path(cfg.init["from"])
     trained = load_model(source)
@@ -48,9 +49,11 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     fresh = {f"{s}.{name}" for s, m in swapped.items() for name, _ in m.named_buffers()}
     kept = {k: v for k, v in old.items() if k in new and new[k].shape == v.shape and k not in fresh}
     for site, norm in swapped.items():
-        for own, other in getattr(norm, "takes_over", {}).items():
-            if f"{site}.{other}" in kept:
-                kept.setdefault(f"{site}.{own}", kept[f"{site}.{other}"])
+        ends, starts = dict(modules[site].named_parameters()), modules[site].started
+        same = {name: name for name, _ in norm.named_parameters()}
+        for own, other in (same | getattr(norm, "takes_over", {})).items():
+            if other in ends and ends[other].shape == norm.started[own].shape:
+                kept[f"{site}.{own}"] = ends[other] + (norm.started[own] - starts[other])
     model.load_state_dict(kept, strict=False)
     added = sorted({k.rpartition(".")[2] for k in new.keys() - kept.keys()})
     left = sorted({k.rpartition(".")[2] for k in old.keys() - kept.keys()})

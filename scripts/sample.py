@@ -37,7 +37,10 @@ def main(raw: DictConfig) -> None:
     if cfg.fold:
         counts = fold(model)
         if not counts["folded"] + counts["affine"]:
-            raise ConfigError("fold=true: no norm of this run can be folded")
+            raise ConfigError(
+                "fold=true: no norm of this run can be folded; a norm folds if in evaluation it "
+                "is x·scale + shift, which it says by as_affine()"
+            )
         print(
             f"norms: {counts['folded']} folded into Linears, {counts['affine']} left as a scale "
             f"and a shift, {counts['kept']} kept",

@@ -28,6 +28,8 @@ def main(raw: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     if raw.init.get("swap_norm"):
         swap_norm(raw, hydra_config.overrides.task)
+    else:
+        refuse_another_name(raw, hydra_config.runtime.choices["norm"])
     cfg = typed(raw)
     from gpt.trainer import train  # after the configuration is checked: torch takes seconds
 
@@ -45,12 +47,29 @@ def main(raw: DictConfig) -> None:
         train(cfg)
 
 
+def refuse_another_name(raw: DictConfig, choice: str) -> None:
+    """ConfigError if `norm=layer` comes with the name of another norm: its options are layer's."""
+    name = OmegaConf.select(raw, "norm.name", throw_on_missing=False)
+    if choice != "module" and isinstance(name, str) and name != choice:
+        own = "norm=module norm.module=FILE norm.name"
+        raise ConfigError(
+            f"norm={choice} norm.name={name}: the options are those of {choice}; expected "
+            f"norm={name}, or for a norm of your own {own}={name}; for several, "
+            f"-m {own}={name},{choice}"
+        )
+
+
 def swap_norm(raw: DictConfig, overrides: list[str]) -> None:
     """Put the configuration of the norm `init.swap_norm` in the place of `norm`'s."""
     name = raw.init.swap_norm
     options = sorted(path.stem for path in (cli.CONFIGS / "norm").glob("*.yaml"))
-    check_choice("init.swap_norm", name, tuple(options))
     keys = [override.lstrip("+").split("=")[0] for override in overrides]
+    if "norm.module" in keys and name not in options:
+        raise ConfigError(
+            f"init.swap_norm={name}: for a norm of your own expected "
+            f"init.swap_norm=module norm.module={raw.norm.module} norm.name={name}"
+        )
+    check_choice("init.swap_norm", name, tuple(options))
     if "norm" in keys:
         raise ConfigError(f"init.swap_norm={name} says which norm: leave out norm=… beside it")
     given = {k: raw.norm[k[5:]] for k in keys if k.startswith("norm.")}

@@ -23,7 +23,7 @@ from gpt.norms.rbn import RegularisedBatchNorm
 from gpt.norms.registry import begin_step, build_norm, commit, defer, norms_of, penalties
 from gpt.placement import build_model
 from gpt.trainer import train
-from tests.conftest import make_config, read_rows
+from tests.conftest import make_config, mostly_long, read_rows
 from tests.programs import run_program
 
 BATCH_NORMS = ["batch", "batch_ema", "rbn", "power", "repbn", "prepbn"]
@@ -118,8 +118,13 @@ def test_a_batch_of_one_value_is_refused(
         train(config(f"norm={norm}", "train.batch_size=1", also))
 
 
-@pytest.mark.parametrize("norm", BATCH_NORMS)
-@pytest.mark.parametrize("placement", ["pre", "peri", "subln", "hybrid", "parallel", "lns", "post"])
+FOLDED = list(product(BATCH_NORMS, ["pre", "peri", "subln", "hybrid", "parallel", "lns", "post"]))
+
+
+@pytest.mark.parametrize(
+    ("norm", "placement"),
+    mostly_long(FOLDED, *((n, p) for n, p in FOLDED if n == "batch" or p == "pre")),
+)
 def test_folded_norms_give_the_same_logits(norm: str, placement: str) -> None:
     model = build_model(make_config("data=pydoc", f"norm={norm}", f"placement={placement}"), 61)
     generator = torch.Generator().manual_seed(0)
@@ -225,6 +230,43 @@ def test_annealing_and_power_norm_see_micro_batches_as_one_batch() -> None:
         for (name, a), b in zip(whole.named_buffers(), parts.buffers(), strict=True):
             torch.testing.assert_close(a, b, msg=name)
         assert any(b.dim() and b.abs().sum() > 0 for b in whole.buffers()) or whole.running_std > 0
+
+
+def test_rbn_s_penalty_pulls_both_the_mean_and_the_variance() -> None:
+    """Its gradient, against finite differences."""
+    for weights in (
+        {"mean_weight": 2.0, "var_weight": 0.0},
+        {"mean_weight": 0.0, "var_weight": 3.0},
+    ):
+        norm = RegularisedBatchNorm(3, **weights).double()
+        norm.deferred = True
+        x = (torch.randn(2, 4, 3).double() + 0.5).requires_grad_()
+
+        def penalty(x: torch.Tensor, norm: RegularisedBatchNorm = norm) -> torch.Tensor:
+            norm(x)
+            return norm.penalty
+
+        assert torch.autograd.gradcheck(penalty, x)
+        (gradient,) = torch.autograd.grad(penalty(x), x)
+        assert gradient.abs().max() > 0.01
+
+
+def test_running_statistics_in_float64_are_exact() -> None:
+    """Their momentum is 0.1, and not 0.1 rounded to float32."""
+    ours, theirs = BatchNorm(5).double(), nn.BatchNorm1d(5).double()
+    ours.deferred = True
+    power, square = PowerNorm(5).double(), torch.ones(5).double()
+    power.deferred = True
+    for _ in range(3):
+        x = torch.randn(8, 4, 5).double() * 3 + 2
+        ours(x), power(x)
+        ours.commit(), power.commit()
+        theirs(x.flatten(0, 1))
+        square += 0.1 * (x.square().mean((0, 1)) - square)
+    exactly = {"rtol": 1e-14, "atol": 1e-14}
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean, **exactly)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, **exactly)
+    torch.testing.assert_close(power.running_var, square, **exactly)
 
 
 def test_rbn_s_penalty_is_minimised_and_not_logged(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,26 +20,31 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gpt.norms.layer import LayerNorm
-from gpt.norms.registry import NORMS, begin_step, build_norm, commit, defer, norms_of
+from gpt.norms.registry import (
+    NORMS,
+    begin_step,
+    build_norm,
+    commit,
+    defer,
+    fitting,
+    norms_of,
+    sizes,
+)
 from gpt.optim import make_optimizer
-from tests.conftest import make_config
+from tests.conftest import make_config, mostly_long
 from tests.programs import REPO
 from tests.references import REFERENCES
 
-Make = Callable[[int], Any]  # width → norm
+Make = Callable[..., Any]  # width, options → norm
 T = 6  # the largest time in these tests
 
 
 def make(name: str) -> Make:
     """The norm at its defaults, halfway through a training of 100 steps; γ, β and all other
     parameters away from where they start."""
-    known = inspect.signature(NORMS[name]).parameters
-    options: dict[str, Any] = {"block_size": T} if "block_size" in known else {}
-    if "groups" in known:
-        options["groups"] = 1  # a divisor of every width
 
-    def build(width: int) -> nn.Module:
-        norm = build_norm(name, width, **options)
+    def build(width: int, **options: Any) -> nn.Module:
+        norm = build_norm(name, width, **sizes(name, T), **fitting(name, width), **options)
         generator = torch.Generator().manual_seed(1)
         for parameter in norm.parameters():
             parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
@@ -78,11 +84,14 @@ def check_precision(build: Make, reference: Any, x: Tensor) -> None:
     noise = [1 + 2.0**-23 * randn(*x.shape, seed=s, dtype=torch.float64) for s in (1, 2, 3)]
     changes = [(reference(x64 * n, exactly) - expected).abs() for n in noise]
     rounded_input = torch.stack(changes).amax(0).amax(-1, keepdim=True)
-    # A mean is off by 2⁻²³ of the largest value, and divided by a deviation over C, T or B and T.
-    deviations = [
-        x64.var(dims, unbiased=False, keepdim=True) for dims in ((2,), (1,), (0,), (0, 1))
-    ]
-    least = torch.stack([d.expand(x.shape) for d in deviations]).amin(0).add(1e-5).sqrt()
+    # A mean is off by 2⁻²³ of the largest value, and divided by a deviation over C or groups of
+    # it, T or B and T.
+    grouped = x64.unflatten(
+        -1, (max([getattr(exactly, key) for key in exactly.divisors] or [1]), -1)
+    )
+    variances = [x64.var(dims, unbiased=False, keepdim=True) for dims in ((1,), (0,), (0, 1))]
+    variances += [grouped.var(-1, unbiased=False, keepdim=True).expand_as(grouped).flatten(-2)]
+    least = torch.stack([v.expand(x.shape) for v in variances]).amin(0).add(1e-5).sqrt()
     rounded_mean = 2.0**-23 * x64.abs().max() / least
     allowed = 32 * rounded_input + 8 * rounded_mean + 4e-6 * expected.abs().max().clamp_min(1)
     error = (pure(norm, x).double() - expected).abs()
@@ -113,7 +122,7 @@ def check_sight(build: Make, axes: tuple[str, ...], evaluation_axes: tuple[str, 
 
 def check_invariances(build: Make, declared: tuple[str, ...]) -> None:
     """x + c and c·x leave the training output as it is, where that is declared, and only there."""
-    norm, x = build(8).double(), 10 * randn(3, T, 8, dtype=torch.float64)
+    norm, x = build(8).double(), 100 * randn(3, T, 8, dtype=torch.float64)
     y = pure(norm, x)
     for name, other in (("shift", x + 7.0), ("scale", 3.0 * x)):
         close = bool(((pure(norm, other) - y).abs().max() < 1e-4 * y.abs().max()).item())
@@ -160,6 +169,18 @@ def test_it_is_its_formula_to_the_last_digits(
     if constant_row:
         x[1, 2] = offset
     check_precision(make(norm_name), REFERENCES.get(norm_name), x)
+
+
+def test_its_eps_is_the_one_that_it_was_given(norm_name: str) -> None:
+    """On rows so small that ε counts: the output is another, and its formula's."""
+    build, x = make(norm_name), 0.1 * randn(3, T, 8)
+    if not hasattr(build(8), "eps"):
+        return
+    check_precision(partial(build, eps=0.3), REFERENCES.get(norm_name), x)
+    for training in (True, False):
+        norms = [trained(build(8, eps=eps)).train(training) for eps in (1e-5, 0.3)]
+        default, larger = (pure(norm, x) for norm in norms)
+        assert (default - larger).abs().max() > 0.01 * default.abs().max(), training
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -248,7 +269,7 @@ def test_one_token_of_one_sample_can_be_evaluated(norm_name: str) -> None:
         torch.testing.assert_close(norm(whole)[:, :2], norm(whole[:, :2]))
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", mostly_long([True, False], True))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_it_compiles_without_a_graph_break(norm_name: str, training: bool) -> None:
     """In value, gradients and running statistics as it is, over several steps of a training."""

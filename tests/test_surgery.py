@@ -70,6 +70,42 @@ def test_what_is_not_swapped_stays_as_it_was(corpus: Path, tmp_path: Path) -> No
         assert began == pytest.approx(read_rows(source)[-1]["val_loss"], abs=1e-6)
 
 
+ZERO = """
+import torch
+from torch import nn
+from gpt.norms.registry import register
+
+@register("zero_centred")
+class ZeroCentred(nn.Module):
+    axes = ("C",)
+    invariances = ("scale",)
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_embd))  # its γ is one more
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight, 1e-5)
+"""
+
+
+def test_gamma_comes_along_by_its_distance_from_where_the_norm_starts_it(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """RMSNorm by another parametrisation is the same model."""
+    (tmp_path / "own.py").write_text(ZERO)
+    source = tmp_path / "source"
+    train(make_config("data=text", f"data.path={corpus}", "norm=rms", f"run_dir={source}",
+                      "train.steps=40", "train.eval_every=40", "optim.lr=1e-2"))  # fmt: skip
+    gamma = load_model(source).head.weight
+    assert (gamma - 1).abs().max() > 0.05  # type: ignore[operator, union-attr]
+    own = [f"norm.module={tmp_path}/own.py", "norm.name=zero_centred"]
+    result = transplanted(source, corpus, tmp_path / "run", "init.swap_norm=module", *own)
+    assert result.returncode == 0, result.stderr
+    began = read_rows(tmp_path / "run")[0]["val_loss"]
+    assert began == pytest.approx(read_rows(source)[-1]["val_loss"], abs=1e-5)
+
+
 def test_a_damaged_checkpoint_of_the_source_is_passed_over(
     source: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +173,10 @@ def test_norms_are_taken_away_by_a_schedule(source: Path, corpus: Path, tmp_path
         (["placement.attn.q=true"], "it has placement.attn.q=False; say so here too"),
         (["tokenizer=bpe"], "its tokens are others"),
         (["init.swap_norm=rmz"], "init.swap_norm=rmz: expected anneal |"),
+        (
+            ["init.swap_norm=mine", "norm.module=own.py"],
+            "expected init.swap_norm=module norm.module=own.py norm.name=mine",
+        ),
         (["init.swap_norm=rms", "norm=rms"], "leave out norm=… beside it"),
         (["init.swap_norm=rms", "norm.epz=1e-3"], "did you mean 'eps'"),
     ],

@@ -109,7 +109,7 @@ class BatchNorm(nn.Module):
     @torch.no_grad()
     def commit(self) -> None:
         """Move the running statistics towards those seen since the last time."""
-        weight = self.momentum * (self.seen_count > 0)
+        weight = self.momentum * self.seen_count.clamp_max(1)  # 0 if nothing was seen
         unbiased = self.seen_m2 / (self.seen_count - self.correction).clamp_min(1)
         self.running_mean += weight * (self.seen_mean - self.running_mean)
         self.running_var += weight * (unbiased - self.running_var)

@@ -25,6 +25,7 @@ class GroupNorm(nn.Module):
 
     axes = ("C",)
     invariances = ("shift", "scale")
+    divisors = ("groups",)
 
     def __init__(self, n_embd: int, *, groups: int = 4, eps: float = 1e-5) -> None:
         super().__init__()

@@ -77,7 +77,7 @@ class PowerNorm(BatchNorm):
     def commit(self) -> None:
         super().commit()
         gamma, lam, times = self.seen_backward
-        momentum = self.momentum * (times > 0)
+        momentum = self.momentum * times.clamp_max(1)
         gamma, lam = gamma / times.clamp_min(1), lam / times.clamp_min(1)
         self.nu.mul_(1 - momentum * gamma).add_(momentum * lam)
         self.seen_backward.zero_()

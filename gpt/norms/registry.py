@@ -60,6 +60,7 @@ def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
                      output depends on other samples, T: on later tokens
     evaluation_axes  the same in evaluation, where that differs
     invariances      what of "shift" (x + c) and "scale" (c·x) leaves its training output as it is
+    divisors         the options that must divide the number of features
     """
 
     def decorate(cls: Any) -> Any:
@@ -71,6 +72,7 @@ def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
         if "axes" in vars(cls) and "evaluation_axes" not in vars(cls):
             cls.evaluation_axes = cls.axes
         cls.invariances = getattr(cls, "invariances", ())
+        cls.divisors = getattr(cls, "divisors", ())
         NORMS[name] = cls
         return cls
 
@@ -207,6 +209,18 @@ def sizes(name: str, block_size: int) -> dict[str, Any]:
     """The options of norm `name` that the model's sizes decide."""
     takes = inspect.signature(norm_class(name)).parameters
     return {"block_size": block_size} if "block_size" in takes else {}
+
+
+def fitting(name: str, width: int) -> dict[str, int]:
+    """A value for each of the options of norm `name` that must divide `width`.
+
+    The default, if it does; else the least number above 1 and below `width` that does; else 1.
+    """
+    cls = norm_class(name)
+    parameters = inspect.signature(cls).parameters
+    divisors = [d for d in range(2, width) if width % d == 0] or [1]
+    defaults = {key: parameters[key].default for key in cls.divisors}
+    return {k: d if d in divisors else divisors[0] for k, d in defaults.items()}
 
 
 def progress(step: int, steps: int) -> float:
