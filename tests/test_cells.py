@@ -42,6 +42,34 @@ def test_differences_are_paired_by_seed(folder: Path) -> None:
     assert pairs == 3
 
 
+def test_a_seed_that_diverged_moves_no_pair(tmp_path: Path) -> None:
+    """The others are still paired by their own seed, not by their order."""
+    for seed, layer, rms in ((1, 3.0, None), (2, 4.0, 4.1), (3, 5.0, 5.1)):
+        summary(tmp_path, "layer", seed, layer)
+        summary(tmp_path, "rms", seed, rms, **({} if rms else {"diverged_at": 7}))
+    layer, rms = sorted(make_cells(load_summaries(tmp_path)), key=lambda c: c.norm)
+    assert difference(rms, layer) == pytest.approx((0.1, 0.0, 2), abs=1e-12)
+    assert difference(layer, rms) == pytest.approx((-0.1, 0.0, 2), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("spread", "verdict"),
+    [(0.039, "worse beyond chance."), (0.042, "no difference that these seeds can tell.")],
+)
+def test_beyond_chance_means_that_the_whole_interval_excludes_zero(
+    spread: float, verdict: str, tmp_path: Path
+) -> None:
+    """Differences of 0.1 ± 2.484 spread: the interval's end is just above 0, or just below."""
+    for seed, sign in ((1, -1), (2, 0), (3, 1)):
+        summary(tmp_path, "layer", seed, 3.0)
+        summary(tmp_path, "rms", seed, 3.1 + sign * spread)
+    layer, rms = sorted(make_cells(load_summaries(tmp_path)), key=lambda c: c.norm)
+    paired = difference(rms, layer)
+    assert paired is not None
+    assert paired[1] == pytest.approx(4.302653 * spread / math.sqrt(3))
+    assert findings.compared(rms, layer).endswith(verdict)
+
+
 def test_the_baseline_differs_in_nothing_but_the_norm(tmp_path: Path) -> None:
     """Not a lucky variant of layer, nor one that leaks, nor one on another text."""
     for seed in (1, 2, 3):

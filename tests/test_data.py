@@ -207,7 +207,8 @@ def test_batches_follow_from_seed_and_step_alone() -> None:
     batches = TrainBatches(ids, batch_size=4, grad_accum=2, block_size=8, seed=1)
     cpu = torch.device("cpu")
     first = [x for x, _ in batches.at(7, cpu)]
-    list(batches.at(8, cpu))
+    next_step = [x for x, _ in batches.at(8, cpu)]
+    assert not torch.equal(torch.cat(first), torch.cat(next_step))
     again = [x for x, _ in batches.at(7, cpu)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     whole = TrainBatches(ids, batch_size=8, grad_accum=1, block_size=8, seed=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import product
 from typing import ClassVar
 
 import pytest
@@ -13,11 +15,13 @@ from gpt.config import ModelConfig
 from gpt.model import GPT, Block, BlockPlan, Sublayer
 from gpt.norms.registry import norms_of
 from gpt.placement import build_model
-from tests.conftest import make_config
+from tests.conftest import make_config, mostly_long
 
 VOCAB = 61
 NORMS = ["layer", "rms", "dummy", "batch"]
 PLACEMENTS = ["none", "pre", "post", "peri", "reordered"]
+ALL = list(product(NORMS, PLACEMENTS))
+MODELS = mostly_long(ALL, *((n, p) for n, p in ALL if n == "batch" or p == "pre"))
 
 
 def built(*extra: str) -> GPT:
@@ -28,8 +32,7 @@ def tokens(batch: int = 4, time: int = 16) -> Tensor:
     return torch.randint(VOCAB, (batch, time), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("norm", "placement"), MODELS)
 def test_initial_loss_is_that_of_a_uniform_guess(norm: str, placement: str) -> None:
     """ln V, give or take what a final norm's logits of variance 0.02²·C add."""
     x = tokens(16, 32)
@@ -37,8 +40,7 @@ def test_initial_loss_is_that_of_a_uniform_guess(norm: str, placement: str) -> N
     assert abs(loss.item() - math.log(VOCAB)) < 0.05
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(("norm", "placement"), MODELS)
 def test_a_changed_token_never_changes_earlier_logits(norm: str, placement: str) -> None:
     """Except in training with batch, where it must: its statistics run over time."""
     model, x = built(f"norm={norm}", f"placement={placement}"), tokens()
@@ -55,8 +57,52 @@ def test_a_changed_token_never_changes_earlier_logits(norm: str, placement: str)
         assert neighbours_equal is not (leaks and training)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("placement", ["pre", "post"])
+def drawn(f: Callable[[Tensor], Tensor], x: Tensor, times: int = 2000) -> Tensor:
+    """f(x), with dropout drawn anew each time."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return torch.stack([f(x) for _ in range(times)])
+
+
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_a_sublayer_drops_what_it_adds_and_keeps_its_mean(part: str) -> None:
+    model = built("model.dropout=0.25").double()
+    sublayer, x = getattr(model.h[0], part), torch.randn(1, 5, 32, dtype=torch.float64)
+    ys = drawn(sublayer.train().f, x)
+    assert (ys == 0).double().mean() == pytest.approx(0.25, abs=0.01)
+    exact = sublayer.eval().f(x)
+    assert (ys.mean(0) - exact).norm() < 0.1 * exact.norm()
+
+
+class OneHot(nn.Module):
+    """In the place of v's norm: each token's value is a feature of its own."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        return torch.eye(*v.shape[1:], dtype=v.dtype).expand_as(v)
+
+
+def test_attention_drops_weights_too() -> None:
+    """Beside what its output loses: a query sees each key in three of four draws."""
+    model = built("model.dropout=0.25", "model.n_head=1").double()
+    attn = model.h[0].attn
+    x = torch.randn(1, 3, 32, dtype=torch.float64)
+    with torch.no_grad():  # all keys weigh alike
+        attn.c_attn.weight.zero_()
+        attn.c_attn.bias.zero_()
+        attn.c_proj.weight.copy_(torch.eye(32))
+        attn["v"] = OneHot()
+    ys = drawn(attn.train().f, x)[:, 0, 2, :3]  # what the last token takes of each key
+    kept = ys[ys != 0]
+    assert (ys == 0).double().mean() == pytest.approx(1 - 0.75**2, abs=0.02)
+    assert kept.unique().tolist() == pytest.approx([1 / 3 / 0.75**2])
+
+
+@pytest.mark.parametrize(
+    ("norm", "placement"),
+    mostly_long(
+        product(NORMS, ("pre", "post")), ("layer", "pre"), ("rms", "post"), ("batch", "pre")
+    ),
+)
 def test_one_batch_overfits(norm: str, placement: str) -> None:
     model, x = built(f"norm={norm}", f"placement={placement}"), tokens()
     y = torch.randint(VOCAB, x.shape, generator=torch.Generator().manual_seed(1))

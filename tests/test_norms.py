@@ -235,6 +235,13 @@ def test_a_whole_number_is_a_float_too(name: str, option: str) -> None:
     assert getattr(build_norm(name, 4, **{option: 1}), option).dtype == torch.float32
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_are_of_neighbouring_features(groups: int) -> None:
+    norm, x = build_norm("group", 8, groups=groups), torch.randn(2, 3, 8)
+    parts = [F.layer_norm(part, part.shape[-1:]) for part in x.chunk(groups, dim=-1)]
+    torch.testing.assert_close(norm(x), torch.cat(parts, dim=-1))
+
+
 def test_partial_rms_norm_sees_the_first_features_only() -> None:
     norm, x = build_norm("rms", 100, partial=0.07), torch.randn(1, 1, 100)
     expected = x / (x[..., :7].square().mean() + 1e-5).sqrt()

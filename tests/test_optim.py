@@ -47,6 +47,20 @@ def test_matrices_are_decayed_and_nothing_else(norm: str) -> None:
         torch.testing.assert_close(p.detach(), expected)
 
 
+def test_updates_are_adamw_with_the_configured_betas() -> None:
+    """m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², w ← w − lr m̂/(√v̂ + 1e-8), written out."""
+    cfg = OptimConfig(0.1, 0.1, 0, 0.0, beta1=0.7, beta2=0.6, grad_clip=1.0)
+    model = nn.Linear(1, 1, bias=False).double()
+    w, m, v = model.weight.item(), 0.0, 0.0
+    optimizer = make_optimizer(model, cfg)
+    for step, g in enumerate((3.0, -1.0, 0.5), start=1):
+        model.weight.grad = torch.full((1, 1), g, dtype=torch.float64)
+        optimizer.step()
+        m, v = 0.7 * m + 0.3 * g, 0.6 * v + 0.4 * g * g
+        w -= 0.1 * (m / (1 - 0.7**step)) / (math.sqrt(v / (1 - 0.6**step)) + 1e-8)
+        assert model.weight.item() == pytest.approx(w, rel=1e-12)
+
+
 def test_a_norms_parameters_are_not_decayed_whatever_their_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

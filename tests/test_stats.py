@@ -17,6 +17,7 @@ from gpt.placement import build_model
 from gpt.stats import (
     EDGES,
     MOMENTS,
+    Record,
     angle,
     attention,
     collect,
@@ -66,6 +67,22 @@ def test_a_gaussian_s_kurtosis_is_three_and_a_constant_s_zero() -> None:
     assert gaussian["outliers"] == pytest.approx(0, abs=0.01)
     constant = named(torch.full((4, 4), 2.5))
     assert constant["kurtosis"] == constant["skew"] == constant["outliers"] == 0
+
+
+@pytest.mark.parametrize("norm", ["batch", "rbn", "batch_pos"])
+def test_the_gap_to_evaluation_is_that_before_the_batch_is_taken_in(norm: str) -> None:
+    """By running statistics that have seen it, each batch would look more usual than it is."""
+    model = build_model(make_config("data=pydoc", f"norm={norm}", "placement.embd=true"), 61)
+    idx = torch.randint(61, (4, 32), generator=torch.Generator().manual_seed(0))
+    x = model.wte(idx) + model.wpe.weight
+    expected = [float(value) for value in model.embd.discrepancy(x)]  # type: ignore[operator]
+    record: Record = {}
+    with collect(model, record):
+        model(idx, idx)
+    found = table(record)["sites"]["embd"]
+    assert [found["tid_mean"], found["tid_std"]] == pytest.approx(expected, rel=1e-5)
+    after = [float(value) for value in model.embd.discrepancy(x)]  # type: ignore[operator]
+    assert after != pytest.approx(expected, rel=1e-2)
 
 
 def test_one_feature_that_is_large_is_an_outlier() -> None:

@@ -1,4 +1,4 @@
-"""Whole runs: golden curves, what the summary holds, the edges."""
+"""Whole runs: what the summary holds, what a step does, the edges."""
 
 from __future__ import annotations
 
@@ -6,54 +6,30 @@ import json
 import math
 import sysconfig
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from shutil import which
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
+from gpt import trainer
+from gpt.checkpoint import TrainState
 from gpt.config import Config
 from gpt.data import TrainBatches, ValBatches
 from gpt.device import peak_memory, reset_peak_memory, resolve_device
 from gpt.errors import DataError, MissingInput
 from gpt.evaluate import evaluate
+from gpt.norms.power import PowerNorm
+from gpt.norms.registry import defer, norms_of
+from gpt.optim import make_optimizer
 from gpt.placement import build_model
+from gpt.step import Row, update
 from gpt.trainer import train
-from tests.conftest import BUILDABLE, curve, make_config, read_rows
-from tests.programs import REPO
-
-GOLDEN = REPO / "tests" / "golden"
-
-
-@pytest.mark.parametrize("placement", ["pre", "post"])
-@pytest.mark.parametrize("norm", BUILDABLE)
-def test_the_loss_curve_is_the_golden_one(
-    norm: str, placement: str, config: Callable[..., Config], tmp_path: Path,
-    pytestconfig: pytest.Config,
-) -> None:  # fmt: skip
-    """Every norm's first 20 steps, to what another CPU's rounding may change.
-
-    After a change that is meant to change them: pytest tests/test_train.py --update-golden
-    """
-    train(config(f"norm={norm}", f"placement={placement}", "train.steps=20", "train.eval_every=10"))
-    rows = read_rows(tmp_path / "run")
-    losses = {
-        "train": [row["loss"] for row in rows if "loss" in row],
-        "val": [row["val_loss"] for row in rows if "val_loss" in row],
-    }
-    path = GOLDEN / f"{norm}-{placement}.json"
-    if pytestconfig.getoption("--update-golden"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(losses, indent=1) + "\n")
-    if not path.exists():
-        pytest.skip(f"no golden curve for {norm} yet: run with --update-golden")
-    golden = json.loads(path.read_text())
-    assert losses["train"] == pytest.approx(golden["train"], rel=1e-4)
-    assert losses["val"] == pytest.approx(golden["val"], rel=1e-4)
-    assert losses["train"][-1] < losses["train"][0]
+from tests.conftest import curve, make_config, mostly_long, read_rows
 
 
 def test_runs_that_differ_in_the_norm_see_the_same_batches_and_start_alike(
@@ -111,6 +87,87 @@ def test_the_loss_by_the_batch_s_statistics_is_that_of_full_batches() -> None:
     assert with_rest["val_loss"] != without["val_loss"]
 
 
+def test_bits_per_byte_count_the_bytes_of_the_targets() -> None:
+    """Of two windows over tokens 0 1 1 … 1: each target is the token 1, of 3 bytes."""
+    model = build_model(make_config("data=pydoc", "model.block_size=8"), 64)
+    batches = ValBatches(np.array([0] + 16 * [1]), 4, 8, max_tokens=16)
+    bytes_of = torch.tensor([1000, 3, *[7] * 62])
+    result = evaluate(model, batches, bytes_of, torch.device("cpu"), "float32")
+    assert result["val_bpb"] == pytest.approx(result["val_loss"] / math.log(2) / 3, rel=1e-6)
+
+
+def test_the_model_is_in_training_mode_in_every_step(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in those that follow an evaluation."""
+    modes: list[bool] = []
+    original = trainer.update
+
+    def spy(cfg, state, *args):  # type: ignore[no-untyped-def]
+        modes.append(all(module.training for module in state.model.modules()))
+        return original(cfg, state, *args)
+
+    monkeypatch.setattr(trainer, "update", spy)
+    train(config())
+    assert modes == [True] * 6
+
+
+class Same:
+    """Batches that are the same in every micro-batch of every step."""
+
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
+        self.ids = torch.randint(61, (4, 33), generator=torch.Generator().manual_seed(0))
+
+    def at(self, step: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        return [(self.ids[:, :-1], self.ids[:, 1:])] * self.micro_batches
+
+
+def one_step(*overrides: str) -> tuple[TrainState, Row]:
+    """The first step of a model that has 61 tokens."""
+    cfg = make_config("data=pydoc", *overrides)
+    model = build_model(cfg, 61)
+    defer(norms_of(model), cfg.train.grad_accum)
+    state = TrainState(0, model, make_optimizer(model, cfg.optim), {}, dict(model.named_buffers()))
+    batches: Any = Same(cfg.train.grad_accum)
+    row, _ = update(cfg, state, model, batches, torch.device("cpu"), collecting=False)
+    return state, row
+
+
+@pytest.mark.parametrize("norm", ["layer", "rbn"])
+def test_equal_micro_batches_have_the_gradient_of_one(norm: str) -> None:
+    """That of what a norm adds to the loss included."""
+    heavy = ["norm.mean_weight=10", "norm.var_weight=10"] if norm == "rbn" else []
+    one, two = (
+        one_step(f"norm={norm}", *heavy, f"train.grad_accum={n}")[1].grad_norm.item()
+        for n in (1, 2)
+    )
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_the_gradient_is_clipped_to_the_limit_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped: list[float] = []
+
+    def step(optimizer: torch.optim.AdamW) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        clipped.append(torch.nn.utils.get_total_norm(grads).item())
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    for limit in (0.1, 1e9):
+        _, row = one_step(f"optim.grad_clip={limit}")
+        assert clipped.pop() == pytest.approx(min(limit, row.grad_norm.item()), rel=1e-5)
+
+
+def test_norms_are_told_each_step_as_it_begins(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(PowerNorm, "begin_step", lambda norm, *step: told.append(step))
+    train(config("norm=power", "placement=none", "placement.head=true"))
+    in_training = told[-6:]  # before them the probe looks at the first and the last
+    assert in_training == [(step, 6) for step in range(1, 7)]
+
+
 def test_bits_per_byte_of_bytes_are_nats_over_ln2(config: Callable[..., Config]) -> None:
     summary = train(config())
     assert summary["val_bpb"] == pytest.approx(summary["val_loss"] / math.log(2), rel=1e-6)
@@ -137,11 +194,18 @@ def test_the_logged_loss_is_the_mean_over_micro_batches(
     reason="torch.compile needs g++ and Python.h",
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("backend", mostly_long(["inductor", "aot_eager"], "aot_eager"))
 def test_a_model_that_is_compiled_trains_like_one_that_is_not(
-    config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same dropout, for its steps with statistics are not compiled."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True))
+    compile_ = torch.compile
+
+    def whole_graph(model: nn.Module, options: dict[str, Any]) -> Any:
+        chosen = {"options": options} if backend == "inductor" else {"backend": backend}
+        return compile_(model, fullgraph=True, **chosen)
+
+    monkeypatch.setattr(torch, "compile", whole_graph)
     options = ["model.dropout=0.2", "model.n_layer=1"]
     train(config(*options, f"run_dir={tmp_path}/eager"))
     train(config(*options, "compile=true", f"run_dir={tmp_path}/compiled"))
