@@ -29,8 +29,12 @@ from gpt.errors import DataError
 from gpt.seeds import stream_seed
 from gpt.tokenizer import fingerprint, load_tokenizer, make_tokenizer, save_tokenizer, separator
 
-# Token files land in data/ beside the sources, or where GPT_DATA says.
-ROOT = Path(os.environ.get("GPT_DATA", Path(__file__).resolve().parent.parent / "data"))
+
+def root() -> Path:
+    """Where token files land: in data/ beside the sources, or where GPT_DATA says."""
+    return Path(os.environ.get("GPT_DATA", Path(__file__).resolve().parent.parent / "data"))
+
+
 MAGIC = b"gpt-norms tokens 1\n"
 HEADER_BYTES = 1024
 FORMAT = "2"  # part of a prepared folder's key: raise it when preparation changes
@@ -81,8 +85,8 @@ def prepare(cfg: Config) -> Data:
     """
     corpus = open_corpus(cfg.data)
     key = digest(FORMAT, corpus.key, cfg.tokenizer)[:12]
-    folder = ROOT / f"{corpus.name}-{cfg.tokenizer}-{key}"
-    ROOT.mkdir(parents=True, exist_ok=True)
+    folder = root() / f"{corpus.name}-{cfg.tokenizer}-{key}"
+    root().mkdir(parents=True, exist_ok=True)
     if not is_complete(folder):
         with FileLock(f"{folder}.lock"):
             if not is_complete(folder):

@@ -38,7 +38,7 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
 
     def make_norm(site: str, width: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # a norm of the user's may draw initial weights
-            torch.manual_seed(stream_seed(cfg.seed, f"init/{site}"))
+            torch.default_generator.manual_seed(stream_seed(cfg.seed, f"init/{site}"))
             return norm_at(site, width)
 
     def norm_at(site: str, width: int) -> nn.Module:

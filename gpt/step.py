@@ -15,7 +15,7 @@ from gpt import stats
 from gpt.checkpoint import TrainState
 from gpt.config import Config
 from gpt.data import TrainBatches
-from gpt.device import autocast
+from gpt.device import autocast, seed_device
 from gpt.distributed import from_all_processes, mean_over_processes, rank
 from gpt.model import GPT
 from gpt.norms.registry import begin_step, commit, norms_of, penalties
@@ -100,11 +100,7 @@ def remember(state: TrainState) -> None:
 
 def seed_dropout(cfg: Config, step: int, device: torch.device) -> None:
     """Dropout follows from the seed, the step and the process; nothing else draws in a step."""
-    seed = stream_seed(cfg.seed, f"dropout/{step}/{rank()}")
-    # Not torch.manual_seed, which takes 0.1 ms to ask every kind of device.
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+    seed_device(device, stream_seed(cfg.seed, f"dropout/{step}/{rank()}"))
 
 
 def gradients_stay(forward: nn.Module, more_to_come: bool) -> AbstractContextManager[None]:

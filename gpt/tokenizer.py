@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,11 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> tiktoken.Encoding:
     """The tokenizer `bytes`, `bpe` (trained on `texts`) or `gpt2`."""
     if name == "gpt2":
         return gpt2()
-    return from_ranks(name, byte_ranks() if name == "bytes" else train_bpe(texts))
+    return from_ranks(name, tuple(byte_ranks() if name == "bytes" else train_bpe(texts)))
 
 
-def from_ranks(name: str, ranks: list[bytes]) -> tiktoken.Encoding:
+@lru_cache(maxsize=8)  # a sweep's cells share a process, and tiktoken takes 0.1 s to make one
+def from_ranks(name: str, ranks: tuple[bytes, ...]) -> tiktoken.Encoding:
     """An encoding whose token i is `ranks[i]`, merged in that order."""
     mergeable = {token: rank for rank, token in enumerate(ranks)}
     return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=mergeable, special_tokens={})
@@ -128,7 +130,7 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
     try:
         if content["name"] == "gpt2":
             return gpt2()
-        return from_ranks(content["name"], [base64.b64decode(t) for t in content["ranks"]])
+        return from_ranks(content["name"], tuple(base64.b64decode(t) for t in content["ranks"]))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a tokenizer ({error!r})") from error
 

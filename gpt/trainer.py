@@ -52,6 +52,7 @@ from gpt.surgery import source_sha256, transplant
 from gpt.tokenizer import save_tokenizer, token_bytes
 
 READ_EVERY = 10  # steps on CUDA, where reading a loss waits for the device; else each is read
+SAMPLE_TOKENS = 200  # of the text at a run's end
 TRAIN_LOSS_OVER = 50  # last steps: the summary's training loss is the mean over them
 ADVICE = "Try a smaller optim.lr or another norm"
 ANOTHER = {  # in words, where one of a run's `sources` is another
@@ -124,10 +125,8 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
 
 def sample_text(run: Run, model: GPT) -> str:
     """What the model writes after a line's end."""
-    pieces = generate(
-        model, run.data.tokenizer, "\n", max_new_tokens=200, temperature=0.6, seed=run.cfg.seed
-    )
-    return "".join(pieces)
+    options: Any = {"max_new_tokens": SAMPLE_TOKENS, "temperature": 0.6, "seed": run.cfg.seed}
+    return "".join(generate(model, run.data.tokenizer, "\n", **options))
 
 
 def finished(run_dir: Path, cfg: Config, data: Data, screen: Screen) -> dict[str, Any]:

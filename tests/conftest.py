@@ -6,15 +6,18 @@ import json
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
 import gpt.norms  # noqa: F401
+from gpt import trainer
 from gpt.config import Config, register_schemas, typed
 from gpt.errors import UserError
 from gpt.kernels import layer_norm
@@ -22,6 +25,7 @@ from gpt.norms.registry import NORMS, load_module, norm_class
 from tests import ptx
 from tests.made_runs import summary
 from tests.programs import REPO
+from tests.zygote import SAMPLE_TOKENS
 
 BUILDABLE = [n for n in NORMS if n != "cuda_layer"]  # that one has tests/gpu and test_kernels
 TINY = {
@@ -76,19 +80,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = chosen
 
 
+def mostly_long(cases: Iterable[Any], *short: Any) -> list[Any]:
+    """Cases of which `pytest` runs those in `short`, and `pytest -m long` the others."""
+    return [
+        case if case in short else pytest.param(*as_tuple(case), marks=pytest.mark.long)
+        for case in cases
+    ]
+
+
+def as_tuple(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
+def short_samples() -> None:
+    """Of the text at a run's end; 200 tokens take longer than a tiny training."""
+    trainer.SAMPLE_TOKENS = SAMPLE_TOKENS
+
+
+@pytest.fixture(scope="session", autouse=True)
 def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token files of the tests land in a folder of their own, in subprocesses too."""
-    import gpt.data
-
     folder = tmp_path_factory.mktemp("data")
     os.environ["GPT_DATA"] = str(folder)
-    gpt.data.ROOT = folder
     return folder
 
 
@@ -112,8 +131,17 @@ def overrides(*extra: str, **values: Any) -> list[str]:
 
 def make_config(*extra: str) -> Config:
     """The configuration that `python scripts/train.py` would see."""
+    groups = {path.name for path in (REPO / "configs").iterdir()}
+    hydra = [a for a in extra if a.partition("=")[0] in groups or a[0] in "+~" or "'" in a]
+    values = OmegaConf.from_dotlist([arg for arg in extra if arg not in hydra])
+    cfg: Config = typed(OmegaConf.merge(composed(*hydra), values))
+    return cfg
+
+
+@cache  # Hydra takes 0.2 s: it composes each choice of groups once, and values are merged in
+def composed(*extra: str) -> DictConfig:
     with initialize_config_dir(str(REPO / "configs"), version_base="1.3"):
-        return typed(compose("train", overrides(*extra)))
+        return compose("train", overrides(*extra))
 
 
 @pytest.fixture

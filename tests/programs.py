@@ -21,7 +21,9 @@ REPO = Path(__file__).resolve().parent.parent
 class Process:
     """`python *argv` without the seconds that importing torch takes. As a `subprocess.Popen`."""
 
-    def __init__(self, argv: list[str], cwd: Path, timeout: int, **env: str) -> None:
+    def __init__(
+        self, argv: list[str], cwd: Path, timeout: int, whole: bool = False, **env: str
+    ) -> None:
         self.argv, self.folder = argv, Path(tempfile.mkdtemp())
         self.returncode: int | None = None
         files = [self.folder / "out", self.folder / "err"]
@@ -33,6 +35,7 @@ class Process:
             env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **env},
             files=[os.devnull, *map(str, files)],
             timeout=timeout,
+            whole=whole,
         )
 
     def poll(self) -> int | None:
@@ -74,8 +77,10 @@ def zygote() -> subprocess.Popen[str]:
     return process
 
 
-def start(*args: str, script: str = "train", cwd: Path = REPO, **env: str) -> Process:
-    return Process([str(REPO / "scripts" / f"{script}.py"), *args], cwd, timeout=120, **env)
+def start(
+    *args: str, script: str = "train", cwd: Path = REPO, whole: bool = False, **env: str
+) -> Process:
+    return Process([str(REPO / "scripts" / f"{script}.py"), *args], cwd, 120, whole, **env)
 
 
 def run_program(
@@ -97,7 +102,7 @@ def run_ranks(*args: str) -> subprocess.CompletedProcess[str]:
         port = server.getsockname()[1]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [start(*args, **world, RANK=i, LOCAL_RANK=i) for i in "01"]
+    ranks = [start(*args, whole=True, **world, RANK=i, LOCAL_RANK=i) for i in "01"]
     ended = [rank.wait() for rank in ranks]
     failed = ended[0].returncode or ended[1].returncode
     printed = ("".join(e.stdout for e in ended), "".join(e.stderr for e in ended))

@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,16 @@ def test_the_program_says_one_line_and_exits_78(override: str, tmp_path: Path) -
     assert result.stdout == ""
 
 
+def test_a_norm_s_name_beside_another_norm_leads_to_what_works() -> None:
+    result = run_program("norm=layer", "norm.name=mine", "norm.module=mine.py")
+    assert result.returncode == 78
+    assert result.stderr == (
+        "error: norm=layer norm.name=mine: the options are those of layer; expected norm=mine, or "
+        "for a norm of your own norm=module norm.module=FILE norm.name=mine; for several, "
+        "-m norm=module norm.module=FILE norm.name=mine,layer\n"
+    )
+
+
 def test_a_reader_that_has_gone_is_no_error_to_talk_about() -> None:
     """As with `… | head`: the exit code of a program that the signal ended, and not a word."""
     reader, writer = os.pipe()
@@ -128,12 +139,20 @@ def test_a_reader_that_has_gone_is_no_error_to_talk_about() -> None:
     assert (result.returncode, result.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize("path", GROUPS, ids=lambda p: f"{p.parent.name}={p.stem}")
-def test_every_yaml_composes(path: Path) -> None:
-    needed = {"text": ["data.path=x"], "hf": ["data.path=x"], "module": ["norm.name=mine"]}
-    extra = needed.get(path.stem, [])
+def one_of_each() -> list[tuple[str, ...]]:
+    """Choices such as ("norm=rms", "placement=peri"): each file of each group is in one of them."""
+    groups: dict[str, list[str]] = {}
+    for path in GROUPS:
+        groups.setdefault(path.parent.name, []).append(f"{path.parent.name}={path.stem}")
+    return [tuple(filter(None, some)) for some in zip_longest(*groups.values())]
+
+
+@pytest.mark.parametrize("choices", one_of_each(), ids=" ".join)
+def test_every_yaml_composes(choices: tuple[str, ...]) -> None:
+    needed = {"data=text": "data.path=x", "data=hf": "data.path=x", "norm=module": "norm.name=mine"}
+    extra = [needed[choice] for choice in choices if choice in needed]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = typed(compose("train", [f"{path.parent.name}={path.stem}", *extra]))
+        cfg = typed(compose("train", [*choices, *extra]))
     assert isinstance(cfg, Config)
 
 
@@ -142,9 +161,11 @@ def test_every_sweep_composes_and_its_parameters_exist(path: Path) -> None:
     own = OmegaConf.load(path)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         raw = compose("train", [f"sweep={path.stem}"], return_hydra_config=True)
-        for key, values in raw.hydra.sweeper.params.items():
-            for value in str(values).split(","):
-                typed(compose("train", [f"{key}={value}"]))
+        grid = [
+            [f"{k}={v}" for v in str(vs).split(",")] for k, vs in raw.hydra.sweeper.params.items()
+        ]
+        for some in zip_longest(*grid):  # each value of each key
+            typed(compose("train", [override for override in some if override]))
     for group in own.keys() - {"hydra"}:  # what the file says beside its grid is what its cells get
         assert {k: raw[group][k] for k in own[group]} == dict(own[group])
 

@@ -15,7 +15,7 @@ from gpt.config import DataConfig
 from gpt.corpus import open_corpus
 from gpt.data import prepare
 from gpt.errors import ConfigError, DataError, MissingInput
-from tests.conftest import make_config, overrides
+from tests.conftest import make_config, mostly_long, overrides
 from tests.hub_server import hub_server
 from tests.programs import run_program
 
@@ -152,7 +152,7 @@ def test_files_have_no_subset(tmp_path: Path) -> None:
         open_corpus(DataConfig("hf", str(path), subset="en"))
 
 
-@pytest.mark.parametrize("streaming", ["false", "true"])
+@pytest.mark.parametrize("streaming", mostly_long(["false", "true"], "false"))
 def test_a_hub_name_is_downloaded_and_gives_what_its_files_give(
     tmp_path: Path, streaming: str
 ) -> None:

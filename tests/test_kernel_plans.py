@@ -14,6 +14,7 @@ import torch
 
 from gpt.kernels import nvrtc
 from gpt.kernels.layer_norm import BACKWARD, LONGEST, SOURCE, Kind, Plan
+from tests.conftest import mostly_long
 from tests.test_kernels import DTYPES
 
 SIZES = [1, 7, 768, 769, 1024, 1280, 1600, 4096, 8192, 50_000]
@@ -25,8 +26,13 @@ def plans(C: int, dtypes: tuple[torch.dtype, ...], branch: bool, bias: bool) -> 
     return kind.forward(), kind.backward()
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("C", SIZES)
+@pytest.mark.parametrize(
+    ("C", "arch"),
+    mostly_long(
+        product(SIZES, ARCHITECTURES),
+        (1600, "sm_90"), (769, "sm_75"), (4096, "sm_80"), (50_000, "sm_100"),
+    ),
+)  # fmt: skip
 def test_every_kernel_compiles_without_spills_and_within_its_registers(C: int, arch: str) -> None:
     """A multiprocessor has 65,536 registers, and some 24 kB of rows must be on their way to it to
     use all of the bandwidth: each kernel must have registers for the blocks that read so much."""
@@ -76,8 +82,10 @@ def test_plans_are_valid(C: int, dtypes: tuple[torch.dtype, ...]) -> None:
                 assert max(BACKWARD)[0] >= -(-C // (plan.THREADS * plan.VEC)) * plan.VEC
 
 
-@pytest.mark.parametrize("branch", [True, False])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t)[6:] for t in d))
+@pytest.mark.parametrize(
+    ("branch", "dtypes"),
+    mostly_long(product((True, False), DTYPES), *((True, d) for d in DTYPES[:1] + DTYPES[3:])),
+)
 def test_memory_is_read_and_written_in_the_widest_accesses(
     dtypes: tuple[torch.dtype, ...], branch: bool, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ right to the last thread."""
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from gpt.kernels import layer_norm
 from gpt.kernels.layer_norm import SOURCE, Launch, Plan, backward_cuda, forward_cuda
 from tests import ptx
+from tests.conftest import mostly_long
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # x, branch, y, weights: fp32; all bf16; all fp16; under autocast a norm before a sublayer, after
@@ -41,10 +43,18 @@ def close(value: Tensor, exact: Tensor) -> bool:
     return ulps(value, exact) <= 1
 
 
+SHAPES = [(70, 1), (1, 7), (70, 33), (23, 768), (17, 769), (9, 1600)]
+KINDS = [*((d, True) for d in DTYPES), (DTYPES[0], False), (DTYPES[1], False)]
+
+
 @pytest.mark.parametrize(
-    ("dtypes", "branch"), [*((d, True) for d in DTYPES), (DTYPES[0], False), (DTYPES[1], False)]
+    ("shape", "dtypes", "branch"),
+    mostly_long(
+        [(shape, *kind) for shape, kind in product(SHAPES, KINDS)],
+        *((shape, *KINDS[i]) for i, shape in enumerate(SHAPES)),
+        *((SHAPES[2], *kind) for kind in KINDS),
+    ),
 )
-@pytest.mark.parametrize("shape", [(70, 1), (1, 7), (70, 33), (23, 768), (17, 769), (9, 1600)])
 def test_the_arithmetic_equals_float64(
     kernels_on_host: None, shape: tuple[int, int], branch: bool, dtypes: tuple[torch.dtype, ...]
 ) -> None:
@@ -85,8 +95,10 @@ def test_architectures_without_instructions_for_bf16_compute_the_same(
     test_the_arithmetic_equals_float64(kernels_on_host, (23, 768), True, DTYPES[1])
 
 
-@pytest.mark.parametrize("branch", [True, False])
-@pytest.mark.parametrize("C", [8192, 40_000])
+@pytest.mark.parametrize(
+    ("C", "branch"),
+    mostly_long(product((8192, 40_000), (True, False)), (8192, True)),
+)
 def test_rows_past_a_warp_and_past_the_registers_are_right(
     kernels_on_host: None, C: int, branch: bool
 ) -> None:

@@ -25,7 +25,7 @@ from gpt.config import Config
 from gpt.errors import ConfigError, Locked
 from gpt.run_dir import locked
 from gpt.trainer import train
-from tests.conftest import curve, overrides, read_rows
+from tests.conftest import curve, mostly_long, overrides, read_rows
 from tests.programs import REPO, Process, run_program, start
 
 STEPS = 60
@@ -128,7 +128,7 @@ def rewind(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints" / f"step_{STEPS}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", mostly_long([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_signal_finishes_the_step_writes_a_checkpoint_and_exits_128_plus_n(
     number: signal.Signals, corpus: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:

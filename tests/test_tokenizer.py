@@ -63,7 +63,7 @@ def test_tiktoken_cuts_text_as_the_library_that_trained_the_bpe() -> None:
     from pydoc_data.topics import topics
 
     library = train_library_bpe(topics.values())
-    ours = from_ranks("bpe", train_bpe(topics.values()))
+    ours = from_ranks("bpe", tuple(train_bpe(topics.values())))
     assert ours.n_vocab == BPE_VOCAB
     letters = byte_letters()
     for text in topics.values():

@@ -2,27 +2,27 @@
 
 A request is a line of JSON on stdin, its answer a line on stdout: the arguments of `become` start a
 program and give its process id; `[pid, flags]` wait for it and give its exit code as `subprocess`
-has it, or null. Programs end as they do elsewhere, at the end of an interpreter.
+has it, or null. A program's threads and exit handlers end as they do elsewhere; the interpreter is
+then taken down only on request (`whole`), since that takes longer than most programs here.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
 import runpy
 import signal
 import sys
+import threading
 
-import hydra.main  # noqa: F401
-import matplotlib.pyplot  # noqa: F401
-import plotly.graph_objects  # noqa: F401
-import scipy.stats  # noqa: F401
-import tiktoken  # noqa: F401
-import torch._dynamo  # noqa: F401  (which the first optimizer imports)
+SAMPLE_TOKENS = 20  # of the text at a run's end; 200 take longer than a tiny training
 
 
-def become(argv: list[str], cwd: str, env: dict[str, str], files: list[str], timeout: int) -> None:
+def become(
+    argv: list[str], cwd: str, env: dict[str, str], files: list[str], timeout: int, whole: bool
+) -> None:
     """Be what `python *argv` is, with files for stdin, stdout and stderr."""
     for target, path in enumerate(files):
         os.dup2(os.open(path, os.O_RDWR), target)
@@ -30,13 +30,25 @@ def become(argv: list[str], cwd: str, env: dict[str, str], files: list[str], tim
     os.environ.clear()
     os.environ.update(env)
     signal.alarm(timeout)  # a program that hangs is killed
-    if argv[0] == "-m":
-        sys.argv, sys.path[0] = argv[1:], cwd
-        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv, sys.path[0] = argv, os.path.dirname(os.path.abspath(argv[0]))
-        runpy.run_path(argv[0], run_name="__main__")
-    sys.exit()
+    try:
+        if argv[0] == "-m":
+            sys.argv, sys.path[0] = argv[1:], cwd
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = argv, os.path.dirname(os.path.abspath(argv[0]))
+            runpy.run_path(argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        if whole or not isinstance(ended.code, int | None):
+            raise
+        code = ended.code or 0
+    if whole:
+        sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as an interpreter does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def wait(pid: int, flags: int) -> int | None:
@@ -44,9 +56,25 @@ def wait(pid: int, flags: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if ended else None
 
 
-gc.collect()
-gc.freeze()  # else each program's last sweep of the heap copies all of it, which takes a second
-for line in sys.stdin:
-    request = json.loads(line)
-    answer = wait(*request) if isinstance(request, list) else os.fork() or become(**request)
-    print(json.dumps(answer), flush=True)
+def serve() -> None:
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    import hydra.main  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import plotly.graph_objects  # noqa: F401
+    import torch._dynamo  # noqa: F401  (which the first optimizer imports)
+
+    import gpt.report
+    import gpt.sweep
+    import gpt.trainer
+
+    gpt.trainer.SAMPLE_TOKENS = SAMPLE_TOKENS
+    gc.collect()
+    gc.freeze()  # else each program's last sweep of the heap copies all of it, which takes a second
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = wait(*request) if isinstance(request, list) else os.fork() or become(**request)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
