@@ -19,9 +19,9 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gpt.errors import ConfigError, DataError, nearest
-from gpt.files import write_atomically
-from gpt.formula import evaluate
+from gpt.common.errors import ConfigError, DataError, nearest
+from gpt.common.files import write_atomically
+from gpt.formula import calculate
 
 ATTN_SLOTS = ("in", "q", "k", "v", "mid", "out", "after")
 MLP_SLOTS = ("in", "mid", "out", "after")
@@ -70,10 +70,10 @@ class ModelConfig:
 class PlacementConfig:
     """Which slots of y = after(α·x + out(f(s·in(x)))) hold a norm, in each block; and the rest.
 
-    A slot, also `embd` and `head`, is false (empty), true (the run's norm), the name of another
-    norm, or a formula in l and L that says so for each block, see `gpt/formula.py`; of `embd` and
-    `head` l is 1. Slots inside f: `q`, `k`, `v` (attention's, all C features at once), `mid`
-    (before the output projection).
+    A slot, also `embd_norm` and `final_norm`, is false (empty), true (the run's norm), the name of
+    another norm, or a formula in l and L that gives one of these for each block, see
+    `gpt/formula.py`; for `embd_norm` and `final_norm` l is 1. Slots inside f: `q`, `k`, `v`
+    (attention's, all C features at once), `mid` (before the output projection).
 
     alpha, scale  α and s, numbers or formulas
     parallel      x + attention(in(x)) + mlp(in(x)), `in` being attention's
@@ -84,8 +84,8 @@ class PlacementConfig:
     name: str = MISSING
     attn: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(ATTN_SLOTS, False))
     mlp: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(MLP_SLOTS, False))
-    embd: Any = False
-    head: Any = False
+    embd_norm: Any = False
+    final_norm: Any = False
     alpha: Any = 1.0
     scale: Any = 1.0
     parallel: bool = False
@@ -107,7 +107,7 @@ class PlacementConfig:
         slots = [f"{group}.{key}" for group in ("attn", "mlp") for key in getattr(self, group)]
         numbers = ["alpha", "scale", *(f"init.{key}" for key in self.init)]
         for l in range(1, L + 1):  # noqa: E741
-            for key in ("embd", "head", *slots):
+            for key in ("embd_norm", "final_norm", *slots):
                 self.value(key, l, L, bool, str)
             for key in numbers:
                 self.value(key, l, L, float)
@@ -119,7 +119,7 @@ class PlacementConfig:
         expected = "a finite number" if types == (float,) else "true, false or a norm's name"
         expected += ", or a formula of it in l and L"
         try:
-            value = evaluate(formula, l, L)
+            value = calculate(formula, l, L)
         except ValueError as error:
             raise ConfigError(
                 f"placement.{key}={formula}: expected {expected} ({error})"
@@ -321,7 +321,10 @@ def no_interpolation(text: str) -> str:
 def load_config(path: Path) -> Config:
     """The `Config` of a run directory's `config.yaml`."""
     try:
-        return typed(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        raw = OmegaConf.load(path)
+        if OmegaConf.select(raw, "placement.head") is not None:  # now placement.final_norm
+            raise DataError(f"{path}: from an earlier version of gpt-norms; train it again")
+        return typed(OmegaConf.merge(OmegaConf.structured(Config), raw))
     except (ConfigError, OmegaConfBaseException, YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: damaged ({reason}); restore it or use another run_dir") from error

@@ -34,7 +34,7 @@ LONGEST = 200  # characters; Python's parser runs out of memory on what nests to
 FUNCTIONS: dict[str, Callable[[float], float]] = {"sqrt": math.sqrt, "log": math.log}
 
 
-def evaluate(formula: Any, l: int, L: int) -> float | bool | str:  # noqa: E741
+def calculate(formula: Any, l: int, L: int) -> float | bool | str:  # noqa: E741
     """The value of `formula` at block `l` of `L`; a name other than l and L stands for itself.
 
     Numbers are floats. ValueError where it is no formula or has no value there.

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt.common.seeds import stream_seed
 from gpt.config import ModelConfig
-from gpt.seeds import stream_seed
 
-# (site, width) → the norm that stands at a site such as `h.3.attn.in` or `head`; nn.Identity for an
-# empty slot.
+# (site, width) → the norm that stands at a site such as `h.3.attn.in` or `final_norm`; nn.Identity
+# for an empty slot.
 MakeNorm = Callable[[str, int], nn.Module]
 
 
@@ -171,22 +171,22 @@ class GPT(nn.Module):
         self.block_size = config.block_size
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.embd = make_norm("embd", config.n_embd)
+        self.embd_norm = make_norm("embd_norm", config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(
             Block(config, f"h.{i}", make_norm, plan) for i, plan in enumerate(plans)
         )
-        self.head = make_norm("head", config.n_embd)  # before the output head: wte's weight
+        self.final_norm = make_norm("final_norm", config.n_embd)  # ln_f in GPT-2
         self.init_weights(plans, seed)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         T = idx.shape[1]
-        x = self.drop(self.embd(self.wte(idx) + self.wpe.weight[:T]))  # (B, T, C)
+        x = self.drop(self.embd_norm(self.wte(idx) + self.wpe.weight[:T]))  # (B, T, C)
         branch = None
         for block in self.h:
             x, branch = block(x, branch)
-        x, _ = add_norm(self.head, x, branch)
-        logits = F.linear(x, self.wte.weight)  # (B, T, vocab_size)
+        x, _ = add_norm(self.final_norm, x, branch)
+        logits = F.linear(x, self.wte.weight)  # (B, T, vocab_size): the head is tied
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -6,16 +6,16 @@ import torch
 from torch import nn
 
 from gpt import norms  # noqa: F401  (registers them)
+from gpt.common.errors import ConfigError
+from gpt.common.seeds import stream_seed
 from gpt.config import Config, PlacementConfig
-from gpt.errors import ConfigError
 from gpt.model import GPT, BlockPlan
 from gpt.norms.registry import build_norm, name_of, norms_of, sizes
-from gpt.seeds import stream_seed
 
 
 def slot(placement: PlacementConfig, site: str, n_layer: int) -> bool | str:
     """What stands at `site`, of n_layer blocks: `h.3.attn.in` → placement.attn.in in block 4."""
-    if site in ("embd", "head"):
+    if site in ("embd_norm", "final_norm"):
         return placement.value(site, 1, n_layer, bool, str)
     _, i, part, name = site.split(".")
     return placement.value(f"{part}.{name}", int(i) + 1, n_layer, bool, str)

@@ -23,12 +23,12 @@ import torch
 from bench_stats import prepared
 from torch import Tensor, nn
 
-from gpt import cli
-from gpt.data import TrainBatches
-from gpt.device import autocast
-from gpt.errors import MissingInput
-from gpt.step import update
-from gpt.trainer import Run
+from gpt.cli.errors import run
+from gpt.common.device import autocast
+from gpt.common.errors import MissingInput
+from gpt.data.batches import TrainBatches
+from gpt.training.step import update
+from gpt.training.trainer import Run
 
 STEPS = 20
 Step = Callable[[], Tensor]  # takes a step; its loss
@@ -95,4 +95,4 @@ def nanogpt_step(folder: Path, run: Run, batches: TrainBatches) -> Step:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

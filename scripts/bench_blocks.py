@@ -17,9 +17,9 @@ import torch
 from bench_norms import machine, medians
 from torch import Tensor, nn
 
-from gpt import cli
+from gpt.cli.errors import run
+from gpt.common.errors import MissingInput
 from gpt.config import ModelConfig
-from gpt.errors import MissingInput
 from gpt.model import Block, BlockPlan
 from gpt.norms.cuda_layer import CudaLayerNorm
 from gpt.norms.layer import LayerNorm
@@ -106,4 +106,4 @@ def described(ms: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt import cli
-from gpt.errors import MissingInput
-from gpt.kernels.layer_norm import add_norm, output_dtype
+from gpt.cli.errors import run
+from gpt.common.errors import MissingInput
+from gpt.kernels.layer_norm import add_layer_norm, output_dtype
 
 ROWS = (8192, 65536)
 WIDTHS = (768, 1024, 1280, 1600, 4096)
@@ -37,7 +37,7 @@ Norm = Callable[[Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def ours(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    y, stream, *_ = add_norm(x, branch, w, b, 1e-5)
+    y, stream, *_ = add_layer_norm(x, branch, w, b, 1e-5)
     return y, x if branch is None else stream
 
 
@@ -315,4 +315,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

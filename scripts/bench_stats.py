@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 
-from gpt import cli
-from gpt.checkpoint import TrainState
+from gpt.cli.errors import run
+from gpt.common.places import CONFIGS
 from gpt.config import register_schemas, typed
-from gpt.data import TrainBatches, prepare
+from gpt.data.batches import TrainBatches
+from gpt.data.tokens import prepare
 from gpt.norms.registry import load_module
-from gpt.screen import Screen
-from gpt.stats import table
-from gpt.step import update
-from gpt.trainer import Run, set_up
+from gpt.probes.stats import to_numbers
+from gpt.training.checkpoint import TrainState
+from gpt.training.screen import Screen
+from gpt.training.step import update
+from gpt.training.trainer import Run, set_up
 
 STEPS = 20
 
@@ -30,7 +32,7 @@ STEPS = 20
 def prepared(overrides: list[str]) -> tuple[Run, TrainState, TrainBatches]:
     """What `overrides` make of the default run, before its first step, in no directory."""
     register_schemas()
-    with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = typed(compose("train", overrides))
     if cfg.norm.get("module"):
         load_module(cfg.norm["module"])
@@ -52,7 +54,7 @@ def main() -> None:
         start = time.perf_counter()
         row, record = update(cfg, state, state.model, batches, run.device, collecting)
         if collecting:
-            table(record)
+            to_numbers(record)
         row.loss.item()  # waits for the device
         return time.perf_counter() - start
 
@@ -68,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from itertools import zip_longest
 
-from gpt import cli
+from gpt.cli.errors import run
+from gpt.common.terminal import say, show
 
 
 def main() -> None:
@@ -17,11 +18,9 @@ def main() -> None:
     parser.add_argument("--norm-module", help="a Python file that registers a norm of your own")
     args = parser.parse_args()
 
-    from rich.console import Console
-
     import gpt.norms  # noqa: F401  (registers them; torch takes seconds, --help does not)
-    from gpt import cards
     from gpt.norms.registry import load_module
+    from gpt.probes import cards
 
     if args.norm_module:
         load_module(args.norm_module)
@@ -31,15 +30,12 @@ def main() -> None:
             lines += zip_longest(*part, fillvalue="")
         width = max(len(left) for left, _ in lines)
         for left, right in lines:
-            print(f"{left:<{width}}  │  {right}")
+            say(f"{left:<{width}}  │  {right}")
     elif args.name:
-        print("\n".join(line for part in cards.card(args.name) for line in part))
+        say("\n".join(line for part in cards.card(args.name) for line in part))
     else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = max(console.width, 120)  # a file or a pipe need not cut names short
-        console.print(cards.table())
+        show(cards.overview())
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -10,24 +10,27 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from gpt import cli
+from gpt.cli.arguments import literal
+from gpt.cli.errors import one_line_errors, run
+from gpt.common.places import CONFIGS
+from gpt.common.terminal import say
 from gpt.config import register_schemas, typed
 
 register_schemas()
 
 
-@hydra.main(config_path=str(cli.CONFIGS), config_name="train", version_base="1.3")
-@cli.one_line_errors
+@hydra.main(config_path=str(CONFIGS), config_name="train", version_base="1.3")
+@one_line_errors
 def main(raw: DictConfig) -> None:
     cfg = typed(raw)
-    from gpt.data import prepare
+    from gpt.data.tokens import prepare
 
     data = prepare(cfg)
     for tokens in (data.train, data.val):
         h = tokens.header
-        print(f"{tokens.path}: {h.n_bytes:,} bytes as {h.n_tokens:,} {h.tokenizer} tokens")
+        say(f"{tokens.path}: {h.n_bytes:,} bytes as {h.n_tokens:,} {h.tokenizer} tokens")
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = [cli.literal(arg, "data.path") for arg in sys.argv[1:]]
-    cli.run(main)
+    sys.argv[1:] = [literal(arg, "data.path") for arg in sys.argv[1:]]
+    run(main)

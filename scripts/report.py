@@ -10,14 +10,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from gpt import cli
-from gpt.errors import MissingInput, UserError
-from gpt.results import load_summaries, print_table, unfinished, unsaid
+from gpt.cli.errors import run
+from gpt.common.errors import MissingInput, UserError
+from gpt.common.terminal import say
+from gpt.reports.runs import load_summaries, print_table, unfinished, unsaid
 
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
-        return print(__doc__)
+        return say(__doc__)
     chosen = [arg for arg in sys.argv[1:] if arg.startswith("baseline=")]
     folders = [Path(arg) for arg in sys.argv[1:] if arg not in chosen]
     if not folders or any(arg.startswith("-") for arg in sys.argv[1:]):
@@ -28,8 +29,8 @@ def main() -> None:
     summaries = load_summaries(*folders)
     if not summaries:
         raise MissingInput(f"{folders[0]}: no finished run below it")
-    from gpt import pictures, report  # plotly, matplotlib and scipy take seconds
-    from gpt.cells import Baseline, choose_baseline, make_cells
+    from gpt.reports import page, plots  # plotly, matplotlib and scipy take seconds
+    from gpt.reports.cells import Baseline, choose_baseline, make_cells
 
     cells = make_cells(summaries)
     versus = choose_baseline(chosen[-1], cells) if chosen else Baseline()
@@ -38,13 +39,13 @@ def main() -> None:
     again = len(summaries) - sum(len(cell.runs) for cell in cells)
     notes = [f"Runs that are not finished, and not in here: {left}."] if left else []
     notes += [f"Runs that repeat another's, seed and all, left out: {again}."] if again else []
-    print(*notes, sep="\n", end="\n" if notes else "")
+    say("".join(f"{note}\n" for note in notes), end="")
     title = " and ".join(str(folder) for folder in folders)
     notes = [*filter(None, [unsaid(summaries)]), *notes]
-    paths = report.write(cells, folders[0], title, versus, notes)
-    for path in [*paths, *pictures.draw(cells, folders[0])]:
-        print(path)
+    paths = page.write(cells, folders[0], title, versus, notes)
+    for path in [*paths, *plots.draw(cells, folders[0])]:
+        say(str(path))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

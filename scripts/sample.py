@@ -9,24 +9,27 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from gpt import cli
+from gpt.cli.arguments import literal
+from gpt.cli.errors import one_line_errors, run
+from gpt.common.errors import ConfigError
+from gpt.common.places import CONFIGS
+from gpt.common.terminal import say
 from gpt.config import register_schemas, typed
-from gpt.errors import ConfigError
 
 register_schemas()
 
 
-@hydra.main(config_path=str(cli.CONFIGS), config_name="sample", version_base="1.3")
-@cli.one_line_errors
+@hydra.main(config_path=str(CONFIGS), config_name="sample", version_base="1.3")
+@one_line_errors
 def main(raw: DictConfig) -> None:
     cfg = typed(raw)
-    from gpt.checkpoint import load_model  # after the configuration is checked
-    from gpt.device import resolve_device
-    from gpt.fold import fold
-    from gpt.generate import generate
+    from gpt.common.device import resolve_device
+    from gpt.data.tokenizer import load_tokenizer
     from gpt.norms.batch import batch_statistics, norms_with_batch_stats
     from gpt.norms.registry import load_module
-    from gpt.tokenizer import load_tokenizer
+    from gpt.sampling.fold import fold
+    from gpt.sampling.generate import generate
+    from gpt.training.checkpoint import load_model  # after the configuration is checked
 
     if cfg.norm_module:
         load_module(cfg.norm_module)
@@ -46,7 +49,7 @@ def main(raw: DictConfig) -> None:
             f"and a shift, {counts['kept']} kept",
             file=sys.stderr,
         )
-    print(cfg.prompt, end="", flush=True)
+    say(cfg.prompt, end="")
     with batch_statistics(model) if cfg.batch_stats else nullcontext():
         for piece in generate(
             model,
@@ -57,10 +60,10 @@ def main(raw: DictConfig) -> None:
             top_k=cfg.top_k,
             seed=cfg.seed,
         ):
-            print(piece, end="", flush=True)
-    print()
+            say(piece, end="")
+    say("")
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = [cli.literal(arg, "prompt", "run_dir", "norm_module") for arg in sys.argv[1:]]
-    cli.run(main)
+    sys.argv[1:] = [literal(arg, "prompt", "run_dir", "norm_module") for arg in sys.argv[1:]]
+    run(main)

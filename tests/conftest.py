@@ -17,11 +17,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 import gpt.norms  # noqa: F401
-from gpt import trainer
+from gpt.common.errors import UserError
 from gpt.config import Config, register_schemas, typed
-from gpt.errors import UserError
 from gpt.kernels import layer_norm
 from gpt.norms.registry import NORMS, load_module, norm_class
+from gpt.training import trainer
 from tests import ptx
 from tests.made_runs import summary
 from tests.programs import REPO

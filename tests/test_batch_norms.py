@@ -11,10 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from gpt.checkpoint import load_model
+from gpt.common.errors import ConfigError
 from gpt.config import Config
-from gpt.errors import ConfigError
-from gpt.fold import Affine, fold
 from gpt.norms.anneal import AnnealedLayerNorm
 from gpt.norms.batch import BatchNorm
 from gpt.norms.power import PowerNorm
@@ -22,7 +20,9 @@ from gpt.norms.prepbn import ProgressiveRepBatchNorm
 from gpt.norms.rbn import RegularisedBatchNorm
 from gpt.norms.registry import begin_step, build_norm, commit, defer, norms_of, penalties
 from gpt.placement import build_model
-from gpt.trainer import train
+from gpt.sampling.fold import Affine, fold
+from gpt.training.checkpoint import load_model
+from gpt.training.trainer import train
 from tests.conftest import make_config, mostly_long, read_rows
 from tests.programs import run_program
 
@@ -108,7 +108,7 @@ def test_a_batch_of_one_trains_and_says_what_its_statistics_are(
     ("norm", "also", "message"),
     [
         ("batch", "model.block_size=1", "raise train.batch_size or model.block_size$"),
-        ("layer", "placement.head=batch_pos", "norm=batch_pos: .* raise train.batch_size$"),
+        ("layer", "placement.final_norm=batch_pos", "norm=batch_pos: .* raise train.batch_size$"),
     ],
 )
 def test_a_batch_of_one_value_is_refused(
@@ -282,7 +282,10 @@ def test_rbn_s_penalty_is_minimised_and_not_logged(
                      f"run_dir={tmp_path}/{weight}"))  # fmt: skip
     losses = [[r["loss"] for r in read_rows(tmp_path / str(w)) if "loss" in r] for w in (0, 10)]
     assert losses[0][0] == losses[1][0]
-    off = [read_rows(tmp_path / str(w), "stats")[-1]["sites"]["head"]["tid_mean"] for w in (0, 10)]
+    off = [
+        read_rows(tmp_path / str(w), "stats")[-1]["sites"]["final_norm"]["tid_mean"]
+        for w in (0, 10)
+    ]
     assert off[1] < 0.9 * off[0]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpt import cards
 from gpt.norms.registry import NORMS
+from gpt.probes import cards
 from tests.conftest import BUILDABLE
 from tests.programs import run_program
 

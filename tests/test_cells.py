@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt import findings
-from gpt.cells import (
+from gpt.reports import tables
+from gpt.reports.cells import (
     Baseline,
     baseline,
     difference,
@@ -18,7 +18,7 @@ from gpt.cells import (
     ordered,
     tuned,
 )
-from gpt.results import load_summaries, unsaid
+from gpt.reports.runs import load_summaries, unsaid
 from tests.made_runs import summary
 from tests.programs import run_program
 
@@ -67,7 +67,7 @@ def test_beyond_chance_means_that_the_whole_interval_excludes_zero(
     paired = difference(rms, layer)
     assert paired is not None
     assert paired[1] == pytest.approx(4.302653 * spread / math.sqrt(3))
-    assert findings.compared(rms, layer).endswith(verdict)
+    assert tables.compared(rms, layer).endswith(verdict)
 
 
 def test_the_baseline_differs_in_nothing_but_the_norm(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_the_baseline_differs_in_nothing_but_the_norm(tmp_path: Path) -> None:
     summary(tmp_path / "texts", "rms", 1, 2.0, corpus_sha256="1" * 64)
     cells = make_cells(load_summaries(tmp_path / "texts"))
     assert all(baseline(c, cells, Baseline()) is None for c in cells)
-    assert "Tokenizers or texts differ" in findings.plain_words(cells, Baseline())[0]
+    assert "Tokenizers or texts differ" in tables.plain_words(cells, Baseline())[0]
 
 
 def test_another_split_of_a_text_has_tokens_of_its_own(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_each_norm_is_compared_at_its_own_best_learning_rate(tmp_path: Path) -> 
     paired = difference(best["rms"], best["layer"])
     assert paired is not None
     assert paired[0] == pytest.approx(-0.1)
-    words = "\n".join(findings.plain_words(cells, Baseline()))
+    words = "\n".join(tables.plain_words(cells, Baseline()))
     assert "rms-pre-bs4 optim.lr=0.3 against layer-pre-bs4 optim.lr=0.1: -0.1000" in words
     assert "rms-pre-bs4 optim.lr=0.1 against" not in words
     edges = words.split("Best at the ")[1:]
@@ -126,7 +126,7 @@ def test_each_norm_is_compared_at_its_own_best_learning_rate(tmp_path: Path) -> 
     assert "layer-pre-bs4 optim.lr=0.1." in edges[0]
     assert "highest" in edges[1]
     assert "rms-pre-bs4 optim.lr=0.3." in edges[1]
-    rows = {row["cell"]: row for row in findings.table(cells, Baseline())}
+    rows = {row["cell"]: row for row in tables.comparison(cells, Baseline())}
     assert len(rows) == 5  # the table has them all
     assert rows["rms-pre-bs4 optim.lr=0.1"]["best learning rate"] == ""
     assert rows["rms-pre-bs4 optim.lr=0.3"]["best learning rate"] == "yes"
@@ -207,7 +207,7 @@ def test_words_say_where_a_comparison_is_not_between_equals(tmp_path: Path) -> N
         for lr in tried:
             summary(tmp_path / str(lr), norm, 1, 3.0 + lr, {"optim.lr": lr})
     cells = make_cells(load_summaries(tmp_path))
-    words = {line.split("-")[0]: line for line in findings.plain_words(cells, Baseline())}
+    words = {line.split("-")[0]: line for line in tables.plain_words(cells, Baseline())}
     assert words["rms"].endswith("of one seed: it may be chance.")
     assert "They had different learning rates to choose from." in words["dummy"]
     assert "Learning rates tried: 1 against 2." in words["batch"]
@@ -216,7 +216,7 @@ def test_words_say_where_a_comparison_is_not_between_equals(tmp_path: Path) -> N
     assert "batch" not in text.split("Best at the lowest")[1].split("\n")[0]  # no other was tried
     assert "Devices differ" not in text
     summary(tmp_path / "gpu", "l2", 1, 3.0, {"optim.lr": 0.1}, device="cuda:0")
-    words_now = findings.plain_words(make_cells(load_summaries(tmp_path)), Baseline())
+    words_now = tables.plain_words(make_cells(load_summaries(tmp_path)), Baseline())
     assert any("Devices differ" in line for line in words_now)
 
 
@@ -224,7 +224,7 @@ def test_a_cell_s_row_has_the_numbers_of_its_runs(tmp_path: Path) -> None:
     for seed, (loss, speed, memory) in enumerate([(3.0, 900.0, 7), (3.2, 1100.0, 5)]):
         more = {"tokens_per_s": speed, "peak_memory": memory * 2**20, "params": 12_345}
         summary(tmp_path, "layer", seed, loss, **more)
-    (row,) = findings.table(make_cells(load_summaries(tmp_path)), Baseline())
+    (row,) = tables.comparison(make_cells(load_summaries(tmp_path)), Baseline())
     assert row["val loss"] == "3.1000 ± 1.2706"
     assert row["bits/byte"] == "1.5500 ± 0.6353"
     assert (row["tokens/s"], row["peak memory"], row["parameters"]) == ("1,000", "5 MiB", "12,345")

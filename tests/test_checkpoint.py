@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt.checkpoint import checkpoints, load_model
+from gpt.common.errors import ConfigError, DataError, MissingInput
 from gpt.config import Config
-from gpt.errors import ConfigError, DataError, MissingInput
-from gpt.trainer import train
+from gpt.training.checkpoint import checkpoints, load_model
+from gpt.training.trainer import train
 from tests.conftest import curve
 
 
@@ -56,7 +56,7 @@ def test_only_the_newest_are_kept(finished: Path) -> None:
 def test_load_model_gives_the_trained_model_back(finished: Path) -> None:
     model = load_model(finished)
     assert not model.training
-    assert model.head.running_var.ne(1).all()  # the norm's buffers came along
+    assert model.final_norm.running_var.ne(1).all()  # the norm's buffers came along
     older = load_model(finished, step=4)
     assert not torch.equal(model.wte.weight, older.wte.weight)
 
@@ -102,6 +102,19 @@ def test_rows_that_are_gone_are_missed(
     (run_dir / "metrics.jsonl").write_text(content)
     with pytest.raises(DataError, match="4 of the 4 steps before the checkpoint are gone"):
         train(config("norm=batch", f"run_dir={run_dir}"))
+
+
+def test_a_run_directory_of_an_earlier_version_is_one_line(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
+    train(config())
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("final_norm:", "head:"))
+    line = "config.yaml: from an earlier version of gpt-norms; train it again$"
+    with pytest.raises(DataError, match=line):
+        load_model(tmp_path / "run")
+    with pytest.raises(DataError, match=line):
+        train(config())
 
 
 def test_resuming_from_the_older_checkpoint_gives_the_same_curve(

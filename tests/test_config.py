@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from gpt import cli
+from gpt.cli import errors
+from gpt.cli.arguments import literal
 from gpt.config import Config, load_config, save_config, typed
 from tests.conftest import make_config
 from tests.programs import REPO, run_program
@@ -33,7 +34,7 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
 
         build_model(cfg, 16)
     except Exception as error:
-        return cli.explain(error)
+        return errors.explain(error)
     raise AssertionError(f"{overrides} was accepted")
 
 
@@ -221,7 +222,7 @@ def test_a_usage_error_is_one_line_and_64(script: str, args: list[str], words: s
 def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    override = OverridesParser.create().parse_override(cli.literal(f"prompt={text}", "prompt"))
+    override = OverridesParser.create().parse_override(literal(f"prompt={text}", "prompt"))
     assert OmegaConf.create({"prompt": override.value()}).prompt == text
 
 
@@ -236,7 +237,7 @@ def test_awkward_prompts_arrive_as_they_were_typed(text: str) -> None:
 @pytest.mark.parametrize("path", ["a b (1).txt", "it's.txt", "ümläut 文.txt", "'quoted'", "null"])
 def test_paths_arrive_as_they_were_typed_quoted_or_not(path: str) -> None:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = typed(compose("train", [cli.literal(f"run_dir={path}", "run_dir")]))
+        cfg = typed(compose("train", [literal(f"run_dir={path}", "run_dir")]))
     assert cfg.run_dir == {"'quoted'": "quoted", "null": None}.get(path, path)
 
 
@@ -247,7 +248,7 @@ def test_a_sweep_s_name_without_m_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
-    cfg = make_config("data=pydoc", "norm=batch", "placement.head=rms", "optim.lr=0.1")
+    cfg = make_config("data=pydoc", "norm=batch", "placement.final_norm=rms", "optim.lr=0.1")
     cfg.run_dir = "a ${x} \\${y} 'é"
     save_config(cfg, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == cfg
@@ -268,7 +269,7 @@ def test_a_bug_is_told_whole_and_exits_1(capsys: pytest.CaptureFixture[str]) -> 
     """And is not kept: in a sweep its frames would hold the cell's model to the end."""
     with pytest.raises(RuntimeError) as raised:
         raise RuntimeError("boom")
-    assert cli.tell(raised.value) == 1
+    assert errors.tell(raised.value) == 1
     told = capsys.readouterr().err
     assert told.startswith("Traceback")
     assert told.endswith("RuntimeError: boom\n")
@@ -283,5 +284,5 @@ def test_an_interrupt_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as ended:
-        cli.run(interrupted)
+        errors.run(interrupted)
     assert ended.value.code == 130

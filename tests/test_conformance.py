@@ -30,7 +30,7 @@ from gpt.norms.registry import (
     norms_of,
     sizes,
 )
-from gpt.optim import make_optimizer
+from gpt.training.optimizer import make_optimizer
 from tests.conftest import make_config, mostly_long
 from tests.programs import REPO
 from tests.references import REFERENCES

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from gpt.checkpoint import TrainState
+from gpt.common.errors import Diverged
 from gpt.config import Config
-from gpt.data import TrainBatches, prepare
-from gpt.errors import Diverged
+from gpt.data.batches import TrainBatches
+from gpt.data.tokens import prepare
 from gpt.norms.batch import BatchNorm
 from gpt.norms.registry import NORMS
-from gpt.screen import Screen
-from gpt.sight import Sight
-from gpt.step import Row, first_not_finite, read, update, where_not_finite
-from gpt.trainer import Run, set_up, train
+from gpt.probes.verdict import Sight
+from gpt.training.checkpoint import TrainState
+from gpt.training.screen import Screen
+from gpt.training.step import Row, first_not_finite, read, update, where_not_finite
+from gpt.training.trainer import Run, set_up, train
 from tests.conftest import read_rows
 from tests.programs import run_program
 
@@ -36,9 +37,9 @@ def test_steps_after_the_first_that_is_not_finite_are_not_told() -> None:
 def test_a_run_that_diverges_stops_before_the_update_and_names_step_and_site(
     config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpt import trainer
-    from gpt.checkpoint import checkpoints, load_model
     from gpt.norms.layer import LayerNorm
+    from gpt.training import trainer
+    from gpt.training.checkpoint import checkpoints, load_model
 
     calls = {"train": -math.inf}
     forward, probe = LayerNorm.forward, trainer.probe
@@ -81,8 +82,8 @@ def test_the_site_that_is_named_is_that_of_the_step_itself(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever running statistics have become in it: they are put back."""
-    from gpt import trainer
-    from gpt.stats import first_nonfinite
+    from gpt.probes.stats import first_nonfinite
+    from gpt.training import trainer
 
     sites: list[str | None] = []
 
@@ -139,13 +140,13 @@ def test_the_site_of_a_step_is_found_after_further_steps(
 
     before: list[torch.Tensor] = []
     monkeypatch.setitem(NORMS, "third", Third)
-    cfg = config("placement.head=third")
+    cfg = config("placement.final_norm=third")
     run, state, batches = first_state(cfg)
     for _ in range(5):
         update(cfg, state, state.model, batches, run.device, collecting=False)
     state.step = 3
-    assert where_not_finite(cfg, state, batches, run.device) == "first in head (after)"
-    assert torch.equal(state.memory["head.running_mean"], before[0])
+    assert where_not_finite(cfg, state, batches, run.device) == "first in final_norm (after)"
+    assert torch.equal(state.memory["final_norm.running_mean"], before[0])
 
 
 def test_a_weight_that_is_not_finite_is_named_and_a_large_one_is_not(

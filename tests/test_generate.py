@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt.checkpoint import load_model
-from gpt.errors import Diverged
-from gpt.generate import generate
+from gpt.common.errors import Diverged
+from gpt.data.tokenizer import load_tokenizer, make_tokenizer
 from gpt.norms.batch import batch_statistics
-from gpt.tokenizer import load_tokenizer, make_tokenizer
-from gpt.trainer import train
+from gpt.sampling.generate import generate
+from gpt.training.checkpoint import load_model
+from gpt.training.trainer import train
 from tests.conftest import make_config
 from tests.programs import run_program
 
@@ -110,7 +110,7 @@ def test_logits_of_one_sample_do_not_depend_on_its_neighbours(run_dir: Path) -> 
     torch.testing.assert_close(alone, among, rtol=1e-4, atol=1e-5)
     with batch_statistics(model):
         alone, among = model(x[:1])[0], model(x)[0][:1]
-    is_batch = hasattr(model.head, "running_mean")
+    is_batch = hasattr(model.final_norm, "running_mean")
     assert torch.allclose(alone, among, rtol=1e-4, atol=1e-5) is not is_batch
 
 
@@ -121,7 +121,7 @@ def test_the_program_streams_a_sample(run_dir: Path) -> None:
     assert first.stdout.startswith("the norm's (row, ")
     assert first.stdout == run_program(*args, script="sample").stdout
     own = run_program(*args, "batch_stats=true", script="sample")
-    if hasattr(load_model(run_dir).head, "running_mean"):
+    if hasattr(load_model(run_dir).final_norm, "running_mean"):
         assert own.stdout != first.stdout
     else:
         assert own.returncode == 78

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt import trainer
 from gpt.config import Config
 from gpt.model import GPT
 from gpt.placement import build_model
+from gpt.training import trainer
 from tests.conftest import BUILDABLE, mostly_long, read_rows
 from tests.programs import REPO
 

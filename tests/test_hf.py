@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from gpt.common.errors import ConfigError, DataError, MissingInput
 from gpt.config import DataConfig
-from gpt.corpus import open_corpus
-from gpt.data import prepare
-from gpt.errors import ConfigError, DataError, MissingInput
+from gpt.data.corpus import open_corpus
+from gpt.data.tokens import prepare
 from tests.conftest import make_config, mostly_long, overrides
 from tests.hub_server import hub_server
 from tests.programs import run_program
@@ -185,7 +185,9 @@ def test_a_hub_name_is_downloaded_and_gives_what_its_files_give(
 def test_a_hub_name_without_network_fails_at_once_with_the_way_out(tmp_path: Path) -> None:
     """Against an address of this machine that refuses: no test leaves it."""
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    code = "import time; from gpt.corpus import open_corpus; from gpt.config import DataConfig\n"
+    code = (
+        "import time; from gpt.data.corpus import open_corpus; from gpt.config import DataConfig\n"
+    )
     code += "start = time.perf_counter()\n"
     code += "try: next(open_corpus(DataConfig('hf', 'someone/something')).documents())\n"
     code += "finally: print(time.perf_counter() - start)"

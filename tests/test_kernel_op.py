@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt import stats
-from gpt.errors import MissingInput
-from gpt.files import flatten
+from gpt.common.errors import MissingInput
+from gpt.common.files import flatten
 from gpt.kernels import layer_norm as kernels
 from gpt.kernels import nvrtc
-from gpt.kernels.layer_norm import add_norm, layer_norm
+from gpt.kernels.layer_norm import add_layer_norm, layer_norm
 from gpt.norms.cuda_layer import CudaLayerNorm
 from gpt.placement import build_model
-from gpt.trainer import train
+from gpt.probes import stats
+from gpt.training.trainer import train
 from tests.conftest import make_config, read_rows
 from tests.test_kernels import BF16, F32
 
@@ -51,14 +51,14 @@ def test_gradients_reach_both_summands_and_the_weights(kernels_on_host: None, bi
     inputs = [t for t in (x, branch, weight, beta) if t is not None]
     dy, dstream = torch.randn(2, 2, 3, 8)
 
-    y, stream, *_ = add_norm(x, branch, weight, beta, 1e-5)
+    y, stream, *_ = add_layer_norm(x, branch, weight, beta, 1e-5)
     ours = torch.autograd.grad([y, stream], inputs, [dy, dstream])
     total = x + branch
     theirs = torch.autograd.grad(
         [F.layer_norm(total, (8,), weight, beta, 1e-5), total], inputs, [dy, dstream]
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    only_stream = add_norm(x, branch, weight, beta, 1e-5)[1]
+    only_stream = add_layer_norm(x, branch, weight, beta, 1e-5)[1]
     for gradient in torch.autograd.grad(only_stream, [x, branch], dstream):
         torch.testing.assert_close(gradient, dstream)
 
@@ -88,7 +88,7 @@ def test_compiles_whole_with_dynamic_shapes(kernels_on_host: None) -> None:
     weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
 
     def block(x: Tensor, branch: Tensor) -> Tensor:
-        y, stream, *_ = add_norm(x, branch, weight, bias, 1e-5)
+        y, stream, *_ = add_layer_norm(x, branch, weight, bias, 1e-5)
         return (y * stream).sum()
 
     torch._dynamo.reset()
@@ -117,7 +117,7 @@ def test_a_model_with_fused_residuals_equals_the_plain_one(
     def counted(x, branch, *rest):  # type: ignore[no-untyped-def]
         nonlocal fused
         fused += branch is not None
-        return add_norm(x, branch, *rest)
+        return add_layer_norm(x, branch, *rest)
 
     reused = []
 
@@ -125,7 +125,7 @@ def test_a_model_with_fused_residuals_equals_the_plain_one(
         reused.append(rows is not None)
         return moments(x, rows)
 
-    monkeypatch.setattr("gpt.norms.cuda_layer.add_norm", counted)
+    monkeypatch.setattr("gpt.norms.cuda_layer.add_layer_norm", counted)
     monkeypatch.setattr(stats, "moments", watched)
     idx = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(0))
     for norm in ("layer", "cuda_layer"):
@@ -135,7 +135,7 @@ def test_a_model_with_fused_residuals_equals_the_plain_one(
             loss = model(idx, idx)[1]
             loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
-        numbers = flatten(stats.table(record), "/")
+        numbers = flatten(stats.to_numbers(record), "/")
         results.append((loss, gradients, {k: v for k, v in numbers.items() if "hist" not in k}))
     sites = [norm for norm in model.modules() if isinstance(norm, CudaLayerNorm)]
     assert sum(reused) == len(sites)  # the kernel's means and deviations, once a site
@@ -156,7 +156,7 @@ def test_under_autocast_the_residual_stream_is_float32_as_with_layer(
     idx = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(0))
     streams: dict[str, list[torch.dtype]] = {}
     for norm in ("layer", "cuda_layer"):
-        where = [f"norm={norm}", f"placement={placement}", "placement.embd=true"]
+        where = [f"norm={norm}", f"placement={placement}", "placement.embd_norm=true"]
         model = build_model(make_config("data=pydoc", *where), 61)
         for block in model.h:
             block.register_forward_hook(

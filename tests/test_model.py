@@ -199,9 +199,9 @@ def test_a_block_equals_the_library_s_transformer_layer(placement: str, norm_fir
     ("placement", "sites"),
     [
         ("none", []),
-        ("pre", ["h.0.attn.in", "h.0.mlp.in", "h.1.attn.in", "h.1.mlp.in", "head"]),
+        ("pre", ["h.0.attn.in", "h.0.mlp.in", "h.1.attn.in", "h.1.mlp.in", "final_norm"]),
         ("post", ["h.0.attn.after", "h.0.mlp.after", "h.1.attn.after", "h.1.mlp.after"]),
-        ("reordered", ["h.0.attn.out", "h.0.mlp.out", "h.1.attn.out", "h.1.mlp.out", "head"]),
+        ("reordered", ["h.0.attn.out", "h.0.mlp.out", "h.1.attn.out", "h.1.mlp.out", "final_norm"]),
     ],
 )
 def test_norms_stand_where_the_placement_says(placement: str, sites: list[str]) -> None:
@@ -211,9 +211,9 @@ def test_norms_stand_where_the_placement_says(placement: str, sites: list[str]) 
 
 
 def test_a_slot_may_name_another_norm() -> None:
-    model = built("norm=layer", "placement.attn.out=rms", "placement.head=batch")
+    model = built("norm=layer", "placement.attn.out=rms", "placement.final_norm=batch")
     assert type(model.h[1].attn["out"]).__name__ == "RMSNorm"
-    assert type(model.head).__name__ == "BatchNorm"
+    assert type(model.final_norm).__name__ == "BatchNorm"
     assert type(model.h[1].attn["in"]).__name__ == "LayerNorm"
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gpt.norms  # noqa: F401
-from gpt.errors import ConfigError, MissingInput
+from gpt.common.errors import ConfigError, MissingInput
 from gpt.norms import registry
 from gpt.norms.batch import BatchNorm, batch_statistics
 from gpt.norms.dummy import DummyLayerNorm

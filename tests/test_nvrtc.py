@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from gpt.errors import MissingInput
+from gpt.common.errors import MissingInput
 from gpt.kernels import nvrtc
 from tests.programs import REPO
 

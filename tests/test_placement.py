@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.errors import ConfigError
-from gpt.formula import evaluate
+from gpt.common.errors import ConfigError
+from gpt.formula import calculate
 from gpt.model import GPT, Block, add_norm
 from gpt.norms.registry import norms_of
 from gpt.placement import build_model
@@ -116,22 +116,22 @@ def test_every_block_is_its_placement_s_equation(placement: str) -> None:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_only_post_like_placements_do_without_a_final_norm(placement: str) -> None:
-    has_head = not isinstance(built(f"placement={placement}").head, nn.Identity)
+    has_head = not isinstance(built(f"placement={placement}").final_norm, nn.Identity)
     assert has_head is (placement not in ("none", "post", "deepnorm"))
 
 
 def test_qk_norm_an_embedding_norm_and_the_final_norm_are_orthogonal_to_the_placement() -> None:
     plain = built()
     model = built(
-        "placement.attn.q=true", "placement.attn.k=rms", "placement.embd=true",
-        "placement.head=false",
+        "placement.attn.q=true", "placement.attn.k=rms", "placement.embd_norm=true",
+        "placement.final_norm=false",
     )  # fmt: skip
     assert len(norms_of(model)) == len(norms_of(plain)) + 2 * L
     assert type(model.h[2].attn["k"]).__name__ == "RMSNorm"
-    assert type(model.embd).__name__ == "LayerNorm"
-    assert isinstance(model.head, nn.Identity)
+    assert type(model.embd_norm).__name__ == "LayerNorm"
+    assert isinstance(model.final_norm, nn.Identity)
     idx = torch.randint(61, (2, 7))
-    x = model.embd(model.wte(idx) + model.wpe.weight[:7])
+    x = model.embd_norm(model.wte(idx) + model.wpe.weight[:7])
     for block in model.h:
         x = output(block, x)
     torch.testing.assert_close(model(idx)[0], x @ model.wte.weight.T)
@@ -205,7 +205,7 @@ def test_deepnorm_s_and_magneto_s_constants_by_number() -> None:
     ],
 )
 def test_formulas_have_the_values_they_say(formula: object, value: object) -> None:
-    result = evaluate(formula, 3, 12)
+    result = calculate(formula, 3, 12)
     assert type(result) is type(value)
     assert result == value or result == pytest.approx(value)
 
@@ -218,7 +218,7 @@ def test_formulas_have_the_values_they_say(formula: object, value: object) -> No
 )  # fmt: skip
 def test_nothing_but_arithmetic_is_ever_run(formula: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        evaluate(formula, 1, 2)
+        calculate(formula, 1, 2)
 
 
 def test_the_first_norm_that_reads_the_stream_adds_the_branch() -> None:
@@ -243,7 +243,7 @@ def test_the_first_norm_that_reads_the_stream_adds_the_branch() -> None:
     "override",
     [
         "placement.attn.in=l/0",
-        "placement.head=l+1",
+        "placement.final_norm=l+1",
         "placement.alpha=rms",
         "placement.alpha='1/(l-2)'",
     ],

@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import torch
 
-from gpt import checkpoint, step, trainer
+from gpt.common.errors import ConfigError, Locked
 from gpt.config import Config
-from gpt.errors import ConfigError, Locked
-from gpt.run_dir import locked
-from gpt.trainer import train
+from gpt.training import checkpoint, step, trainer
+from gpt.training.run_dir import locked
+from gpt.training.trainer import train
 from tests.conftest import curve, mostly_long, overrides, read_rows
 from tests.programs import REPO, Process, run_program, start
 

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt import trainer
 from gpt.config import Config
 from gpt.placement import build_model
-from gpt.stats import (
+from gpt.probes.stats import (
     EDGES,
     MOMENTS,
     Record,
@@ -25,11 +24,12 @@ from gpt.stats import (
     histogram,
     moments,
     spike_score,
-    table,
+    to_numbers,
     watch_update,
 )
-from gpt.step import update
-from gpt.trainer import train
+from gpt.training import trainer
+from gpt.training.step import update
+from gpt.training.trainer import train
 from tests.conftest import curve, make_config, read_rows
 
 
@@ -72,16 +72,16 @@ def test_a_gaussian_s_kurtosis_is_three_and_a_constant_s_zero() -> None:
 @pytest.mark.parametrize("norm", ["batch", "rbn", "batch_pos"])
 def test_the_gap_to_evaluation_is_that_before_the_batch_is_taken_in(norm: str) -> None:
     """By running statistics that have seen it, each batch would look more usual than it is."""
-    model = build_model(make_config("data=pydoc", f"norm={norm}", "placement.embd=true"), 61)
+    model = build_model(make_config("data=pydoc", f"norm={norm}", "placement.embd_norm=true"), 61)
     idx = torch.randint(61, (4, 32), generator=torch.Generator().manual_seed(0))
     x = model.wte(idx) + model.wpe.weight
-    expected = [float(value) for value in model.embd.discrepancy(x)]  # type: ignore[operator]
+    expected = [float(value) for value in model.embd_norm.discrepancy(x)]  # type: ignore[operator]
     record: Record = {}
     with collect(model, record):
         model(idx, idx)
-    found = table(record)["sites"]["embd"]
+    found = to_numbers(record)["sites"]["embd_norm"]
     assert [found["tid_mean"], found["tid_std"]] == pytest.approx(expected, rel=1e-5)
-    after = [float(value) for value in model.embd.discrepancy(x)]  # type: ignore[operator]
+    after = [float(value) for value in model.embd_norm.discrepancy(x)]  # type: ignore[operator]
     assert after != pytest.approx(expected, rel=1e-2)
 
 
@@ -146,7 +146,10 @@ def test_an_angle_far_below_the_rounding_of_its_cosine_is_told() -> None:
 
 def test_a_discrepancy_is_no_place_in_the_forward_pass() -> None:
     overflowed = torch.tensor(float("inf"))
-    record = {("sites", "head", "tid_std"): overflowed, ("output", "logits", "log_z"): overflowed}
+    record = {
+        ("sites", "final_norm", "tid_std"): overflowed,
+        ("output", "logits", "log_z"): overflowed,
+    }
     assert first_nonfinite(record) == "logits (log_z)"
 
 
@@ -173,12 +176,12 @@ def test_layers_branches_and_logits_are_recorded() -> None:
     weights = torch.cat([p.detach().flatten() for p in model.h[1].parameters()]).norm().item()
     with watch_update(model, record):
         optimizer.step()
-    result = table(record)
+    result = to_numbers(record)
     layer = result["layers"]["h.1"]
     assert layer["grad_norm"] == pytest.approx(gradient, rel=1e-5)
     assert layer["param_norm"] == pytest.approx(weights, rel=1e-5)
     assert layer["update_norm"] == pytest.approx(0.5 * gradient, rel=1e-4)
-    assert set(result["layers"]) == {"wte", "wpe", "h.0", "h.1", "head"}
+    assert set(result["layers"]) == {"wte", "wpe", "h.0", "h.1", "final_norm"}
     log_z = logits.logsumexp(-1).mean().item()
     assert result["output"]["logits"]["log_z"] == pytest.approx(log_z, rel=1e-5)
     branch, stream = result["branches"]["h.1.mlp"], result["residual"]["h.0"]
@@ -193,7 +196,7 @@ def test_layers_branches_and_logits_are_recorded() -> None:
     record: dict = {}
     with collect(model, record):
         model(x, x)
-    assert table(record)["sites"]["head"]["gamma_drift"] > 0
+    assert to_numbers(record)["sites"]["final_norm"]["gamma_drift"] > 0
 
 
 @pytest.mark.parametrize("norm", ["layer", "dummy", "batch"])
@@ -203,25 +206,25 @@ def test_every_site_and_depth_is_recorded(norm: str) -> None:
     record: dict = {}
     with collect(model, record):
         model(x, x)[1].backward()
-    result = table(record)
+    result = to_numbers(record)
     slots = [
         f"h.{i}.{part}.{slot}" for i in (0, 1) for part in ("attn", "mlp") for slot in ("in", "out")
     ]
-    assert set(result["sites"]) == {*slots, "head"}
+    assert set(result["sites"]) == {*slots, "final_norm"}
     assert list(result["residual"]) == ["embd", "h.0", "h.1"]
-    head = result["sites"]["head"]
-    assert result["residual"]["h.1"]["after"] == pytest.approx(head["before"], rel=1e-5)
+    final = result["sites"]["final_norm"]
+    assert result["residual"]["h.1"]["after"] == pytest.approx(final["before"], rel=1e-5)
     assert sum(result["residual"]["h.1"]["histogram"]) == pytest.approx(1)
-    assert set(head["before"]) == set(head["after"]) == set(MOMENTS)
-    assert head["grad_norm"] > 0
+    assert set(final["before"]) == set(final["after"]) == set(MOMENTS)
+    assert final["grad_norm"] > 0
     assert result["residual"]["h.0"]["grad_norm"] > 0
     if norm == "dummy":
-        assert "gamma_norm" not in head
-        assert head["before"] == head["after"]
+        assert "gamma_norm" not in final
+        assert final["before"] == final["after"]
     else:
-        assert head["gamma_norm"] == pytest.approx(32**0.5)
-        assert head["beta_norm"] == 0
-        assert head["after"]["rms"] == pytest.approx(1, abs=0.05)
+        assert final["gamma_norm"] == pytest.approx(32**0.5)
+        assert final["beta_norm"] == 0
+        assert final["after"]["rms"] == pytest.approx(1, abs=0.05)
 
 
 def test_the_gradient_at_an_identity_is_the_branch_s_alone() -> None:
@@ -236,7 +239,7 @@ def test_the_gradient_at_an_identity_is_the_branch_s_alone() -> None:
         record: dict = {}
         with collect(m, record):
             m(x, x)[1].backward()
-        norms.append(table(record)["sites"]["h.0.attn.in"]["grad_norm"])
+        norms.append(to_numbers(record)["sites"]["h.0.attn.in"]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
@@ -248,7 +251,7 @@ def test_gradient_norms_do_not_depend_on_accumulation() -> None:
         record: dict = {}
         with collect(model, record, grad_scale=accum):
             (model(x, x)[1] / accum).backward()
-        norms.append(table(record)["sites"]["head"]["grad_norm"])
+        norms.append(to_numbers(record)["sites"]["final_norm"]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,34 +17,24 @@ import pytest
 from tests.conftest import mostly_long, overrides
 from tests.programs import REPO, Process, run_program, run_pytest
 
-# Each line may import from the lines below it only, and not from its own.
-BASES = ["norms.layer", "norms.batch", "norms.rms"]  # that other norms build upon
-NORMS = [f"norms.{p.stem}" for p in (REPO / "gpt/norms").glob("[a-z]*.py") if p.stem != "registry"]
-NORMS = [name for name in NORMS if name not in (*BASES, "norms.repbn")]
-LAYERS = [
-    ["trainer"],
-    ["report", "pictures", "generate", "step", "surgery", "cards", "sweep"],
-    ["findings"],
-    ["cells"],
-    ["checkpoint", "run_dir", "screen", "results", "logger"],
-    ["placement", "fold", "evaluate", "stats"],
-    ["model", "norms.__init__"],
-    [*NORMS, "data", "optim", "causality"],
-    ["norms.repbn"],
-    BASES,
-    ["norms.registry", "kernels.layer_norm", "tokenizer", "corpus", "cli", "device"],
-    ["config"],
-    ["kernels.nvrtc", "distributed"],
-    ["files"],
-    ["errors", "seeds", "formula", "sight"],
-    ["__init__", "kernels.__init__"],
+# Each room may import from itself and from the rooms below it, and none from one beside it.
+ROOMS = [
+    ["cli", "training"],
+    ["reports", "sampling"],
+    ["probes"],
+    ["placement"],
+    ["norms", "model", "data"],
+    ["kernels", "config"],
+    ["common", "formula"],
 ]
-LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+LEVEL = {room: i for i, beside in enumerate(ROOMS) for room in beside}
 
 
 def modules() -> dict[str, Path]:
+    """`gpt/norms/layer.py` as `norms.layer`, and `gpt/norms/__init__.py` as `norms`."""
     root = REPO / "gpt"
-    return {".".join(p.relative_to(root).with_suffix("").parts): p for p in root.rglob("*.py")}
+    names = {p: p.relative_to(root).with_suffix("").parts for p in root.rglob("*.py")}
+    return {".".join(parts).removesuffix(".__init__"): p for p, parts in names.items()}
 
 
 def imported(path: Path) -> set[str]:
@@ -53,27 +44,33 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gpt":
             base = (node.module or "").removeprefix("gpt").strip(".")
-            for alias in node.names:
-                for candidate in (f"{base}.{alias.name}".strip("."), base):
-                    if candidate in known:
-                        names.add(candidate)
-                        break
-                    if f"{candidate}.__init__" in known:
-                        names.add(f"{candidate}.__init__")
-                        break
+            inside = [f"{base}.{alias.name}".strip(".") for alias in node.names]
+            names |= {name if name in known else base for name in inside}
         elif isinstance(node, ast.Import):
             names |= {a.name.removeprefix("gpt.") for a in node.names if a.name.startswith("gpt.")}
     return names
 
 
-def test_every_module_has_a_level() -> None:
-    assert set(modules()) == set(LEVEL)
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert {room(name) for name in modules()} == {*LEVEL, "__init__"}
 
 
 @pytest.mark.parametrize("name", sorted(LEVEL))
 def test_imports_point_downward(name: str) -> None:
-    upward = {i for i in imported(modules()[name]) if LEVEL[i] <= LEVEL[name]}
-    assert not upward, f"gpt.{name} imports {upward}"
+    for module, path in modules().items():
+        if room(module) == name:
+            others = {i for i in imported(path) if room(i) != name}
+            upward = {i for i in others if LEVEL[room(i)] <= LEVEL[name]}
+            assert not upward, f"gpt.{module} imports {upward}"
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    graph = {name: imported(path) - {name} for name, path in modules().items()}
+    list(TopologicalSorter(graph).static_order())
 
 
 def test_the_model_never_sees_a_norm() -> None:
@@ -81,14 +78,13 @@ def test_the_model_never_sees_a_norm() -> None:
 
 
 def test_importing_gpt_does_not_import_torch() -> None:
-    code = "import gpt.cli, gpt.config, sys\nassert 'torch' not in sys.modules"
+    code = "import gpt.cli.errors, gpt.config, sys\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_importing_the_trainer_imports_neither_datasets_nor_wandb_nor_matplotlib() -> None:
-    code = (
-        "import gpt.trainer, sys; assert not {'wandb', 'datasets', 'matplotlib'} & set(sys.modules)"
-    )
+    code = "import gpt.training.trainer, sys\n"
+    code += "assert not {'wandb', 'datasets', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from gpt.cli import explain
-from gpt.results import load_summaries, print_table
-from gpt.sight import FUTURE, UNKNOWN
-from gpt.sweep import count_cells, progress_table, sweep_dir
+from gpt.cli.errors import explain
+from gpt.cli.sweep import count_runs, progress_table, sweep_dir
+from gpt.probes.verdict import FUTURE, UNKNOWN
+from gpt.reports.runs import load_summaries, print_table
 from tests.conftest import TINY, mostly_long
 from tests.programs import Process, run_program, start
 
@@ -275,7 +275,7 @@ def test_a_diverged_cell_is_a_result_and_is_not_run_again(corpus: Path, tmp_path
     ],
 )
 def test_the_cells_of_a_sweep_are_counted(argv: list[str], count: int | None) -> None:
-    assert count_cells(argv) == count
+    assert count_runs(argv) == count
 
 
 def test_the_live_table_follows_the_runs_files(corpus: Path, tmp_path: Path) -> None:

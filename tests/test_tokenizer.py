@@ -9,8 +9,8 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.errors import DataError, MissingInput
-from gpt.tokenizer import (
+from gpt.common.errors import DataError, MissingInput
+from gpt.data.tokenizer import (
     BPE_VOCAB,
     PATTERN,
     byte_letters,

@@ -16,19 +16,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt import trainer
-from gpt.checkpoint import TrainState
+from gpt.common.device import peak_memory, reset_peak_memory, resolve_device
+from gpt.common.errors import DataError, MissingInput
 from gpt.config import Config
-from gpt.data import TrainBatches, ValBatches
-from gpt.device import peak_memory, reset_peak_memory, resolve_device
-from gpt.errors import DataError, MissingInput
-from gpt.evaluate import evaluate
+from gpt.data.batches import TrainBatches, ValBatches
 from gpt.norms.power import PowerNorm
 from gpt.norms.registry import defer, norms_of
-from gpt.optim import make_optimizer
 from gpt.placement import build_model
-from gpt.step import Row, update
-from gpt.trainer import train
+from gpt.training import trainer
+from gpt.training.checkpoint import TrainState
+from gpt.training.evaluation import evaluate
+from gpt.training.optimizer import make_optimizer
+from gpt.training.step import Row, update
+from gpt.training.trainer import train
 from tests.conftest import curve, make_config, mostly_long, read_rows
 
 
@@ -163,7 +163,7 @@ def test_norms_are_told_each_step_as_it_begins(
 ) -> None:
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(PowerNorm, "begin_step", lambda norm, *step: told.append(step))
-    train(config("norm=power", "placement=none", "placement.head=true"))
+    train(config("norm=power", "placement=none", "placement.final_norm=true"))
     in_training = told[-6:]  # before them the probe looks at the first and the last
     assert in_training == [(step, 6) for step in range(1, 7)]
 

@@ -63,11 +63,11 @@ def serve() -> None:
     import plotly.graph_objects  # noqa: F401
     import torch._dynamo  # noqa: F401  (which the first optimizer imports)
 
-    import gpt.report
-    import gpt.sweep
-    import gpt.trainer
+    import gpt.cli.sweep
+    import gpt.reports.page
+    import gpt.training.trainer
 
-    gpt.trainer.SAMPLE_TOKENS = SAMPLE_TOKENS
+    gpt.training.trainer.SAMPLE_TOKENS = SAMPLE_TOKENS
     gc.collect()
     gc.freeze()  # else each program's last sweep of the heap copies all of it, which takes a second
     for line in sys.stdin:

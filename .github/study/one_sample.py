@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from gpt.cells import in_order, make_cells, tuned
-from gpt.checkpoint import load_model
 from gpt.config import load_config
-from gpt.data import ValBatches, prepare
+from gpt.data.batches import ValBatches
+from gpt.data.tokens import prepare
 from gpt.norms.batch import batch_statistics
-from gpt.results import load_summaries
+from gpt.reports.cells import in_order, make_cells, tuned
+from gpt.reports.runs import load_summaries
+from gpt.training.checkpoint import load_model
 
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 SAMPLES = 256

@@ -1,6 +1,6 @@
 """LayerNorm by `layer_norm.cu`: how a kernel is chosen and launched, the torch op, its gradient.
 
-    y, stream, mean, rstd = add_norm(x, branch, weight, bias, eps)    stream = x + branch
+    y, stream, mean, rstd = add_layer_norm(x, branch, weight, bias, eps)    stream = x + branch
 
 Shapes: x, branch, y and stream (..., C); weight and bias (C); mean and rstd (rows), fp32. x, y and
 the weights may be float32, bfloat16 or float16, independently.
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt.errors import MissingInput
+from gpt.common.errors import MissingInput
 from gpt.kernels import nvrtc
 
 SOURCE = (Path(__file__).parent / "layer_norm.cu").read_text(encoding="utf-8")
@@ -367,10 +367,10 @@ def output_dtype(x: Tensor) -> torch.dtype:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """γ (x − μ)/√(σ² + ε) + β over the last axis, biased σ²."""
-    return add_norm(x, None, weight, bias, eps)[0]
+    return add_layer_norm(x, None, weight, bias, eps)[0]
 
 
-def add_norm(
+def add_layer_norm(
     x: Tensor,
     branch: Tensor | None,
     weight: Tensor,

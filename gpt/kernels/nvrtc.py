@@ -19,8 +19,8 @@ from struct import Struct
 from threading import Lock
 from typing import Any
 
-from gpt.errors import MissingInput
-from gpt.files import sync
+from gpt.common.errors import MissingInput
+from gpt.common.files import sync
 
 
 @cache

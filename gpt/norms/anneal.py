@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gpt.distributed import mean_over_processes
+from gpt.common.processes import mean_over_processes
 from gpt.norms.registry import check_at_least, progress, register, wide
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.distributed import mean_over_processes, world_size
+from gpt.common.processes import mean_over_processes, world_size
 from gpt.norms.registry import check_at_least, register, wide
 
 
-def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def mean_and_variance(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of x over `dims`, of all processes' x. Two passes, fp32 or wider."""
     x32 = wide(x)
     mean = mean_over_processes(x32.mean(dims))
@@ -85,7 +85,7 @@ class BatchNorm(nn.Module):
             rows, running = x.flatten(0, -2), (self.running_mean, self.running_var)
             affine = (self.weight, self.bias)
             return F.batch_norm(rows, *running, *affine, True, self.momentum, self.eps).view_as(x)
-        mean, variance = moments(x, (0, 1))
+        mean, variance = mean_and_variance(x, (0, 1))
         if self.training:
             self.observe(mean.detach(), variance.detach(), count)
         return self.normalise(x, mean, variance)
@@ -118,7 +118,7 @@ class BatchNorm(nn.Module):
 
     def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Training against inference: mean |μ_run − μ_B|/σ_B and mean |σ_run/σ_B − 1| (RBN)."""
-        return self.distance(*moments(x, (0, 1)), self.running_mean, self.running_var)
+        return self.distance(*mean_and_variance(x, (0, 1)), self.running_mean, self.running_var)
 
     @torch.no_grad()
     def distance(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gpt.distributed import world_size
-from gpt.norms.batch import BatchNorm, moments
+from gpt.common.processes import world_size
+from gpt.norms.batch import BatchNorm, mean_and_variance
 from gpt.norms.registry import register
 
 
@@ -31,8 +31,10 @@ class PastBatchNorm(BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.batch_stats:
-            return self.normalise(x, *moments(x, (0, 1)))
+            return self.normalise(x, *mean_and_variance(x, (0, 1)))
         y = self.normalise(x, self.running_mean, self.running_var)
         if self.training:
-            self.observe(*moments(x.detach(), (0, 1)), x.shape[:-1].numel() * world_size())
+            self.observe(
+                *mean_and_variance(x.detach(), (0, 1)), x.shape[:-1].numel() * world_size()
+            )
         return y

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt.distributed import world_size
-from gpt.norms.batch import BatchNorm, moments
+from gpt.common.processes import world_size
+from gpt.norms.batch import BatchNorm, mean_and_variance
 from gpt.norms.registry import check_at_least, register
 
 
@@ -44,7 +44,7 @@ class PositionBatchNorm(BatchNorm):
         count = x.shape[0] * world_size()
         if count == 1 and self.training:
             raise ValueError("norm=batch_pos in training needs more than 1 sample a batch (B > 1)")
-        mean, variance = moments(x, (0,))
+        mean, variance = mean_and_variance(x, (0,))
         if self.training:
             # What is later than this batch's T takes no part: its mean and unbiased variance, which
             # `commit` makes of the biased ones, are as before.
@@ -59,6 +59,8 @@ class PositionBatchNorm(BatchNorm):
     def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As BatchNorm's, over positions and features."""
         T = x.shape[1]
-        return self.distance(*moments(x, (0,)), self.running_mean[:T], self.running_var[:T])
+        return self.distance(
+            *mean_and_variance(x, (0,)), self.running_mean[:T], self.running_var[:T]
+        )
 
     as_affine = None  # type: ignore[assignment]  # one map a position: no Linear could take it in

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gpt.errors import MissingInput
-from gpt.kernels.layer_norm import add_norm
+from gpt.common.errors import MissingInput
+from gpt.kernels.layer_norm import add_layer_norm
 from gpt.norms.registry import check_at_least, register
 
 
@@ -46,7 +46,7 @@ class CudaLayerNorm(nn.Module):
         self, x: Tensor, branch: Tensor | None = None, stays: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         dtype = x.dtype if branch is None or stays else None
-        y, stream, mean, rstd = add_norm(x, branch, self.weight, self.bias, self.eps, dtype)
+        y, stream, mean, rstd = add_layer_norm(x, branch, self.weight, self.bias, self.eps, dtype)
         if self.keep_rows:
             self.rows = mean, (rstd.square().reciprocal() - self.eps).clamp_min(0)
         return y if branch is None else (y, stream)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt.distributed import mean_over_processes, world_size
+from gpt.common.processes import mean_over_processes, world_size
 from gpt.norms.batch import BatchNorm
 from gpt.norms.registry import check_at_least, register, wide
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt.distributed import world_size
-from gpt.norms.batch import BatchNorm, moments
+from gpt.common.processes import world_size
+from gpt.norms.batch import BatchNorm, mean_and_variance
 from gpt.norms.registry import check_at_least, register
 
 
@@ -46,7 +46,7 @@ class RegularisedBatchNorm(BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        mean, variance = moments(x, (0, 1))
+        mean, variance = mean_and_variance(x, (0, 1))
         off_mean = (self.running_mean - mean).square().sum()
         off_var = (self.running_var - variance).abs().sum()
         self.penalty = self.mean_weight * off_mean + self.var_weight * off_var

@@ -26,7 +26,7 @@ What a norm may have beside `forward`, each looked for where it is used:
     takes_over               {"rms_weight": "weight"}: swapped in for another norm, its rms_weight
                              begins as what was that one's weight
 
-Statistics over the batch go through `gpt.distributed.mean_over_processes`, so that several
+Statistics over the batch go through `gpt.common.processes.mean_over_processes`, so that several
 processes share them. What a norm remembers is in buffers that are there from the start.
 """
 
@@ -46,8 +46,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from gpt.common.errors import ConfigError, MissingInput, nearest
 from gpt.config import check_choice
-from gpt.errors import ConfigError, MissingInput, nearest
 
 NORMS: dict[str, type[nn.Module]] = {}
 USER = "gpt_norms_user_"  # what the names of modules begin with that `load_module` has run

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device on this machine", allow_module_level=True)
 
 from gpt.kernels import layer_norm as kernels
-from gpt.kernels.layer_norm import add_norm, layer_norm, warmup
+from gpt.kernels.layer_norm import add_layer_norm, layer_norm, warmup
 from gpt.placement import build_model
 from tests.conftest import make_config
 from tests.test_kernels import BF16, DTYPES, F32, close
@@ -39,7 +39,7 @@ def distances(C: int, N: int, dtypes: tuple[torch.dtype, ...], branch: bool, off
         if added is None:
             y, stream = layer_norm(x, weight, bias, 1e-5), x
         else:
-            y, stream, *_ = add_norm(x, added, weight, bias, 1e-5)
+            y, stream, *_ = add_layer_norm(x, added, weight, bias, 1e-5)
     exact = [t.detach().double().requires_grad_() for t in (stream, weight, bias)]
     reference = F.layer_norm(exact[0], (C,), exact[1], exact[2], 1e-5)
     assert close(y.detach(), reference.detach()), (C, N, dtypes)
@@ -132,7 +132,7 @@ def test_a_cuda_graph_replays_it() -> None:
     x, branch, weight, bias = randn(64, 768), randn(64, 768), randn(768), randn(768)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y, stream, *_ = add_norm(x, branch, weight, bias, 1e-5)
+        y, stream, *_ = add_layer_norm(x, branch, weight, bias, 1e-5)
     x.normal_()
     graph.replay()
     torch.testing.assert_close(stream, x + branch)

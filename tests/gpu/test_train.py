@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device on this machine", allow_module_level=True)
 
 from gpt.config import Config
-from gpt.trainer import train
+from gpt.training.trainer import train
 from tests.conftest import curve, read_rows
 
 # A hint of torch's about the device is no failure.

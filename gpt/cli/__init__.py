@@ -1,0 +1,1 @@
+"""The command line: Hydra's errors in one line, arguments, sweeps."""

@@ -1,0 +1,76 @@
+"""Files: written whole or not at all, read to the last whole line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gpt.common.errors import DataError, MissingInput
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write to a temporary file and rename it: `path` holds its old content or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a last line that a kill left unfinished is dropped.
+
+    DataError where another line is no row, since what follows it would be lost with it.
+    """
+    rows = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: line {number} is damaged; restore or remove it") from error
+    return rows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; MissingInput or DataError, naming the file, where there is none."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except FileNotFoundError as error:
+        raise MissingInput(f"{path}: no such file") from error
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({error}); restore or remove it") from error
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to the disk; Windows opens no folder."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flatten(values: dict[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one: {"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, separator, f"{prefix}{key}{separator}")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

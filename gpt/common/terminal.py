@@ -1,0 +1,37 @@
+"""All that the program prints: text on stdout, warnings and errors on stderr, tables by rich."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+class Terminal(Console):
+    """Prints text as it is; at least 120 columns wide in a file or a pipe, to keep names whole."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, **options)
+        if not self.is_terminal:
+            self.width = max(self.width, 120)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1
+
+
+def say(text: str, end: str = "\n") -> None:
+    print(text, end=end, flush=True)
+
+
+def show(table: Table) -> None:
+    Terminal().print(table)
+
+
+def warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def fail(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Looking at norms: statistics of a step, what a model lets tokens see, cards."""

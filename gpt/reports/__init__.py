@@ -1,0 +1,1 @@
+"""Several runs side by side: runs become cells, cells tables, plots and a page."""

@@ -1,0 +1,1 @@
+"""Training: the trainer, a step of it, evaluation, checkpoints, the log."""

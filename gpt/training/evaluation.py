@@ -1,0 +1,46 @@
+"""Validation: always the same windows, and BatchNorms by their running statistics."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gpt.common.device import autocast
+from gpt.data.batches import ValBatches
+from gpt.model import GPT
+from gpt.norms.batch import batch_statistics, norms_with_batch_stats
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, batches: ValBatches, bytes_of: Tensor, device: torch.device, dtype: str
+) -> dict[str, float]:
+    """Validation loss in nats a token and in bits a byte of text, on always the same windows.
+
+    A BatchNorm model is judged with its running statistics; the loss with the batch's own, which
+    generation does not have, stands beside it, over full batches alone: a shorter one has other
+    statistics. It is left out where the windows do not fill a batch.
+    """
+
+    def losses(equal: bool = False) -> tuple[float, float]:
+        nats = torch.zeros((), device=device)
+        text_bytes = torch.zeros((), dtype=torch.int64, device=device)
+        tokens = 0
+        for x, y in batches.on(device, equal):
+            with autocast(device, dtype):
+                _, loss = model(x, y)
+            nats += loss.float() * y.numel()
+            text_bytes += bytes_of[y].sum()
+            tokens += y.numel()
+        return nats.item() / tokens, nats.item() / text_bytes.item() / math.log(2)
+
+    model.eval()
+    loss, bpb = losses()
+    result = {"val_loss": loss, "val_bpb": bpb}
+    if norms_with_batch_stats(model) and len(batches.starts()) >= batches.batch_size:
+        with batch_statistics(model):
+            result["val_loss_batch_stats"], _ = losses(equal=True)
+    model.train()
+    return result

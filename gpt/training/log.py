@@ -1,0 +1,234 @@
+"""What a run leaves to read: JSON lines in its directory, always, and wandb as their mirror."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import uuid
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from gpt.common.errors import DataError
+from gpt.common.files import flatten, read_jsonl, write_atomically
+from gpt.common.processes import rank
+from gpt.common.terminal import warn
+from gpt.config import Config
+from gpt.probes.stats import EDGES
+
+# What wandb is told of a run's configuration.
+TOLD = ("seed", "device", "dtype", "compile", "tokenizer", "strict_causal", "norm", "placement",
+        "model", "train", "optim")  # fmt: skip
+
+
+def to_json(row: Any) -> str:
+    """One line of strict JSON: NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(finite(row), ensure_ascii=False, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunLog:
+    """Appends to `metrics.jsonl` and `stats.jsonl` of a run, and mirrors them to wandb.
+
+    A resumed run drops the rows after `keep_until`, its checkpoint's step, and writes them again.
+    Of a run's several processes only the first writes.
+    """
+
+    def __init__(self, run_dir: Path, cfg: Config, keep_until: int) -> None:
+        self.run_dir = run_dir
+        self.files: dict[str, TextIO] = {}
+        if rank() > 0:
+            self.wandb = Wandb(run_dir, cfg)
+            return
+        kept = {}
+        for name in ("metrics.jsonl", "stats.jsonl"):
+            rows = [row for row in read_jsonl(run_dir / name) if row.get("step", 0) <= keep_until]
+            write_atomically(run_dir / name, "".join(to_json(row) + "\n" for row in rows))
+            kept[name] = rows
+        trained = {row["step"] for row in kept["metrics.jsonl"] if "loss" in row and "step" in row}
+        if len(trained) < keep_until:
+            raise DataError(
+                f"{run_dir}/metrics.jsonl: {keep_until - len(trained)} of the {keep_until} steps "
+                "before the checkpoint are gone; bring it back or use another run_dir"
+            )
+        self.wandb = Wandb(run_dir, cfg)
+        self.wandb.catch_up(kept["metrics.jsonl"], kept["stats.jsonl"])
+        self.files = {
+            name: (run_dir / f"{name}.jsonl").open("a", encoding="utf-8")
+            for name in ("metrics", "stats")
+        }
+
+    def metrics(self, step: int, **values: float) -> None:
+        self.write("metrics", {"step": step, **values})
+        self.wandb.log(step, values)
+
+    def stats(self, step: int, table: dict[str, Any]) -> None:
+        """`table` is what `gpt.probes.stats.to_numbers` gives."""
+        self.write("stats", {"step": step, **table})
+        self.wandb.stats(step, table)
+
+    def summary(self, values: dict[str, Any]) -> None:
+        write_atomically(self.run_dir / "summary.json", json.dumps(finite(values), indent=2) + "\n")
+        self.wandb.summary(values)
+
+    def sample(self, step: int, text: str) -> None:
+        if self.files:
+            write_atomically(self.run_dir / "sample.txt", text)
+        self.wandb.sample(step, text)
+
+    def write(self, name: str, row: dict[str, Any]) -> None:
+        if name in self.files:
+            self.files[name].write(to_json(row) + "\n")
+            self.files[name].flush()
+
+    def sync(self) -> None:
+        """To the disk: a checkpoint must not outlive the rows before it."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        self.wandb.finish()
+
+
+class Wandb:
+    """wandb as a mirror that may fail: the first failure is said once and ends the mirror."""
+
+    def __init__(self, run_dir: Path, cfg: Config) -> None:
+        self.run: Any = None
+        self.was_synced = False
+        disabled = "disabled" in (cfg.wandb.mode, os.environ.get("WANDB_MODE"))
+        if rank() == 0 and not disabled:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # its dependencies' deprecations are not ours
+                self.attempt(lambda: self.start(run_dir, cfg))
+
+    def start(self, run_dir: Path, cfg: Config) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        mode: Any = cfg.wandb.mode
+        if mode == "auto":
+            logged_in = wandb.login(prompt=False, verify=False)
+            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
+        id_file = run_dir / "wandb_id"  # a resumed run goes on under its own id
+        if not id_file.exists():
+            write_atomically(id_file, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:16])
+        if mode == "offline":
+            self.was_synced = forget_unsynced(run_dir / "wandb")
+        # Only what describes the experiment, by name: no paths, no environment.
+        config = {k: v for k, v in asdict(cfg).items() if k in TOLD}
+        config["norm"] = {k: v for k, v in cfg.norm.items() if k != "module"}
+        in_sweep = cfg.run_dir is None and run_dir.parent.name != "runs"
+        self.run = wandb.init(
+            project=cfg.wandb.project,
+            dir=str(run_dir),
+            id=id_file.read_text(),
+            name=cfg.run_name(),
+            group=run_dir.parent.name if in_sweep else None,
+            job_type="train",
+            tags=[cfg.norm["name"], cfg.placement.name, cfg.data.name],
+            config=config | {"data": cfg.data.name},
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            reinit="finish_previous",
+            settings=wandb.Settings(
+                console="off",
+                init_timeout=10,
+                finish_timeout=60,
+                disable_git=True,
+                disable_code=True,
+                x_disable_stats=True,
+                x_disable_meta=True,
+                x_save_requirements=False,
+                host="-",  # not this machine's name
+                program="train.py",  # nor a path on it
+            ),
+        )
+
+    def log(self, step: int, row: dict[str, Any]) -> None:
+        """Rows of one step are one row there; of a step that it has already it takes none."""
+        self.tell(lambda run: run.log(row, step=step))
+
+    def catch_up(self, metrics: list[dict[str, Any]], stats: list[dict[str, Any]]) -> None:
+        """Tell wandb what it has not got of a run that was killed."""
+        if self.run is None or (self.run.offline and self.was_synced):
+            return
+        rows: list[Any] = [(row["step"], row, self.log) for row in metrics]
+        rows += [(row["step"], row, self.stats) for row in stats]
+        for step, row, tell in sorted(rows, key=lambda r: r[0]):
+            if step >= self.run.starting_step:
+                tell(step, {key: value for key, value in row.items() if key != "step"})
+
+    def stats(self, step: int, table: dict[str, Any]) -> None:
+        """Numbers as lines, `sites/final_norm/after/rms`; shares of equal bins as histograms."""
+
+        def call(run: Any) -> None:
+            import wandb
+
+            row = flatten(table, "/")
+            for key, value in row.items():
+                if isinstance(value, list):
+                    row[key] = wandb.Histogram(np_histogram=(np.array(value), np.array(EDGES)))
+            run.log(row, step=step)
+
+        self.tell(call)
+
+    def sample(self, step: int, text: str) -> None:
+        def call(run: Any) -> None:
+            import wandb
+
+            table = wandb.Table(columns=["step", "sample"], data=[[step, text]])
+            run.log({"sample": table}, step=step)
+
+        self.tell(call)
+
+    def summary(self, values: dict[str, Any]) -> None:
+        self.tell(lambda run: run.summary.update(values))
+
+    def finish(self) -> None:
+        self.tell(lambda run: run.finish())
+        self.run = None
+
+    def tell(self, call: Callable[[Any], Any]) -> None:
+        """`call` of the wandb run, if there is one still."""
+        if self.run is not None:
+            self.attempt(lambda: call(self.run))
+
+    def attempt(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self.run = None
+            with suppress(Exception):  # so that it does not fail again, loudly, at exit
+                sys.modules["wandb"].teardown()
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            warn(f"wandb failed, the run goes on without it: {first_line}")
+
+
+def forget_unsynced(folder: Path) -> bool:
+    """Remove what a killed run has left for `wandb sync`: the run's own files tell it all again.
+
+    Whether some was sent already, and stays.
+    """
+    sent = False
+    for left in folder.glob("offline-run-*"):
+        if any(left.glob("*.synced")):
+            sent = True
+        else:
+            shutil.rmtree(left)
+    return sent

@@ -1,0 +1,82 @@
+"""A run's directory: whose it is, and that only one process writes to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gpt.common.errors import ConfigError, Locked
+from gpt.common.files import flatten
+from gpt.config import Config, load_config
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Inside, no other process trains in `run_dir`; Locked names the one that already does.
+
+    Of a run that has not begun, because it was refused, nothing is left.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    holder = run_dir / ".holder"
+    try:
+        with FileLock(run_dir / ".lock", timeout=0):  # the system frees it, however a process ends
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            try:
+                yield
+            finally:
+                if {path.name for path in run_dir.iterdir()} <= {".lock", ".holder"}:
+                    shutil.rmtree(run_dir, ignore_errors=True)
+    except Timeout as error:
+        by = holder.read_text() if holder.exists() else "another process"
+        raise Locked(
+            f"run_dir={run_dir}: {by} is training there; wait or use another run_dir"
+        ) from error
+
+
+def refuse_another_configuration(run_dir: Path, cfg: Config) -> None:
+    """Raise ConfigError, naming the first key, where `run_dir` holds a run of other settings."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return
+    there, here = flatten(load_config(path).identity(), "."), flatten(cfg.identity(), ".")
+    # `norm.name` before what follows from it
+    for key in sorted(there.keys() | here.keys(), key=lambda k: (not k.endswith(".name"), k)):
+        if repr(there.get(key)) != repr(here.get(key)):  # 1 and 1.0 have other hashes
+            raise ConfigError(
+                f"{path}: {key}={there.get(key)} there, {here.get(key)} now; a run keeps its "
+                "configuration, so use another run_dir or the same values"
+            )
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Inside, SIGINT, SIGTERM and SIGUSR1 are noted in the list, so that a step can be finished.
+
+    A second signal ends the process at once.
+    """
+    caught: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    names = ("SIGINT", "SIGTERM", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # Python delivers signals to the main thread only
+    previous = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
