@@ -10,7 +10,8 @@ from gpt.common.errors import ConfigError
 from gpt.common.seeds import stream_seed
 from gpt.config import Config, PlacementConfig
 from gpt.model import GPT, BlockPlan
-from gpt.norms.registry import build_norm, name_of, norms_of, sizes
+from gpt.norms.base import norms_of
+from gpt.norms.registry import build_norm, name_of, sizes
 
 
 def slot(placement: PlacementConfig, site: str, n_layer: int) -> bool | str:

@@ -14,11 +14,12 @@ from torch import nn
 from gpt.common.errors import ConfigError
 from gpt.config import Config
 from gpt.norms.anneal import AnnealedLayerNorm
+from gpt.norms.base import NormStep, norm_step, norms_of
 from gpt.norms.batch import BatchNorm
 from gpt.norms.power import PowerNorm
 from gpt.norms.prepbn import ProgressiveRepBatchNorm
 from gpt.norms.rbn import RegularisedBatchNorm
-from gpt.norms.registry import begin_step, build_norm, commit, defer, norms_of, penalties
+from gpt.norms.registry import build_norm
 from gpt.placement import build_model
 from gpt.sampling.fold import Affine, fold
 from gpt.training.checkpoint import load_model
@@ -40,10 +41,10 @@ def test_micro_batches_of_a_step_are_one_batch_to_the_running_statistics(
     for micro in x.double().split(2):
         parts(micro)
     assert parts.running_mean.eq(0).all()  # not yet
-    parts.commit()
+    parts.end_step()
     torch.testing.assert_close(parts.running_mean, whole.running_mean)
     torch.testing.assert_close(parts.running_var, whole.running_var)
-    parts.commit()  # nothing seen since: nothing happens
+    parts.end_step()  # nothing seen since: nothing happens
     torch.testing.assert_close(parts.running_var, whole.running_var)
 
 
@@ -66,12 +67,14 @@ def test_the_discrepancy_is_that_of_regularised_batch_norm_s_paper() -> None:
     norm.running_mean.copy_(torch.tensor([1.0, 0.0]))
     norm.running_var.copy_(torch.tensor([4.0, 1.0]))
     x = torch.tensor([[[0.0, -1.0], [2.0, 3.0]]]).double()  # means 1, 1; biased deviations 1, 2
-    tid_mean, tid_std = norm.discrepancy(x)
+    tid_mean, tid_std = norm.statistics(x).values()
     assert tid_mean.item() == pytest.approx((0 / 1 + 1 / 2) / 2)
     assert tid_std.item() == pytest.approx((abs(2 / 1 - 1) + abs(1 / 2 - 1)) / 2)
     power = PowerNorm(2, eps=1e-12).double()
     power.running_var.copy_(torch.tensor([18.0, 20.0]))  # the mean squares are 2 and 5
-    assert [t.item() for t in power.discrepancy(x)] == pytest.approx([0, (3 - 1 + 2 - 1) / 2])
+    assert [t.item() for t in power.statistics(x).values()] == pytest.approx(
+        [0, (3 - 1 + 2 - 1) / 2]
+    )
 
 
 def test_statistics_hold_the_discrepancy_of_every_site(
@@ -91,7 +94,7 @@ def test_short_samples_leave_the_statistics_of_later_positions_as_they_were() ->
         norm.deferred = True
         for _ in range(micro_batches):
             norm(torch.randn(2, 1, 3))
-        norm.commit()
+        norm.end_step()
     torch.testing.assert_close(norm.running_var[1:], torch.ones(3, 3))
     assert torch.equal(norm.running_mean[1:], torch.zeros(3, 3))
     assert not torch.equal(norm.running_mean[0], torch.zeros(3))
@@ -131,7 +134,7 @@ def test_folded_norms_give_the_same_logits(norm: str, placement: str) -> None:
     for module in norms_of(model):
         for parameter in module.parameters():
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        begin_step(norms_of(model), 100, 100)  # prepbn has no RMSNorm left
+        module.begin_step(100, 100)  # prepbn has no RMSNorm left
     idx = torch.randint(61, (4, 32), generator=generator)
     for _ in range(3):
         model.train()(idx)
@@ -223,10 +226,9 @@ def test_annealing_and_power_norm_see_micro_batches_as_one_batch() -> None:
     for make in (lambda: AnnealedLayerNorm(7), lambda: PowerNorm(7, warmup_steps=0)):
         whole, parts = make().double(), make().double()
         for (norm, pieces), _ in product(((whole, 1), (parts, 4)), range(2)):
-            defer([norm], pieces)
-            for micro, gradient in zip(x.chunk(pieces), dy.chunk(pieces), strict=True):
-                norm(micro.clone().requires_grad_()).backward(gradient)
-            commit([norm])
+            with norm_step(norm, 1, 10, micro_batches=pieces):
+                for micro, gradient in zip(x.chunk(pieces), dy.chunk(pieces), strict=True):
+                    norm(micro.clone().requires_grad_()).backward(gradient)
         for (name, a), b in zip(whole.named_buffers(), parts.buffers(), strict=True):
             torch.testing.assert_close(a, b, msg=name)
         assert any(b.dim() and b.abs().sum() > 0 for b in whole.buffers()) or whole.running_std > 0
@@ -244,7 +246,7 @@ def test_rbn_s_penalty_pulls_both_the_mean_and_the_variance() -> None:
 
         def penalty(x: torch.Tensor, norm: RegularisedBatchNorm = norm) -> torch.Tensor:
             norm(x)
-            return norm.penalty
+            return norm.extra_loss()
 
         assert torch.autograd.gradcheck(penalty, x)
         (gradient,) = torch.autograd.grad(penalty(x), x)
@@ -260,7 +262,7 @@ def test_running_statistics_in_float64_are_exact() -> None:
     for _ in range(3):
         x = torch.randn(8, 4, 5).double() * 3 + 2
         ours(x), power(x)
-        ours.commit(), power.commit()
+        ours.end_step(), power.end_step()
         theirs(x.flatten(0, 1))
         square += 0.1 * (x.square().mean((0, 1)) - square)
     exactly = {"rtol": 1e-14, "atol": 1e-14}
@@ -276,7 +278,7 @@ def test_rbn_s_penalty_is_minimised_and_not_logged(
     x[0, :, 0] = torch.tensor([1.0, 3.0])  # means 2, 0; biased variances 1, 0
     norm.running_mean[0] = 0.5  # the others 0; running variances 1
     norm(x)
-    assert float(penalties([norm])) == pytest.approx(2 * (1.5**2 + 0) + 3 * (0 + 1))
+    assert float(NormStep([norm]).extra_loss()) == pytest.approx(2 * (1.5**2 + 0) + 3 * (0 + 1))
     for weight in (0, 10):
         train(config("norm=rbn", f"norm.mean_weight={weight}", f"norm.var_weight={weight}",
                      f"run_dir={tmp_path}/{weight}"))  # fmt: skip
@@ -309,7 +311,7 @@ def test_power_norm_after_its_warm_up_is_the_paper_s_algorithm() -> None:
         x.requires_grad_()
         y = norm(x)
         y.backward(dy)
-        norm.commit()
+        norm.end_step()
         with torch.no_grad():
             x_hat = x / psi2.sqrt()
             torch.testing.assert_close(y, x_hat)  # γ = 1, β = 0

@@ -19,17 +19,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gpt.norms.base import Norm, norm_step
 from gpt.norms.layer import LayerNorm
-from gpt.norms.registry import (
-    NORMS,
-    begin_step,
-    build_norm,
-    commit,
-    defer,
-    fitting,
-    norms_of,
-    sizes,
-)
+from gpt.norms.registry import NORMS, build_norm, fitting, sizes
 from gpt.training.optimizer import make_optimizer
 from tests.conftest import make_config, mostly_long
 from tests.programs import REPO
@@ -43,12 +35,12 @@ def make(name: str) -> Make:
     """The norm at its defaults, halfway through a training of 100 steps; γ, β and all other
     parameters away from where they start."""
 
-    def build(width: int, **options: Any) -> nn.Module:
+    def build(width: int, **options: Any) -> Norm:
         norm = build_norm(name, width, **sizes(name, T), **fitting(name, width), **options)
         generator = torch.Generator().manual_seed(1)
         for parameter in norm.parameters():
             parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
-        begin_step(norms_of(norm), 50, 100)
+        norm.begin_step(50, 100)
         return norm
 
     return build
@@ -277,15 +269,14 @@ def test_it_compiles_without_a_graph_break(norm_name: str, training: bool) -> No
     results = []
     for compiling in (False, True):
         norm = trained(make(norm_name)(8)).train(training)
-        defer(norms_of(norm), micro_batches=1)
         run = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiling else norm
         found = []
         for seed in range(3):
             x, dy = 2 * randn(3, T, 8, seed=seed), randn(3, T, 8, seed=seed + 9)
             x.requires_grad_()
-            y = run(x)
-            y.backward(dy)
-            commit(norms_of(norm))
+            with norm_step(norm, 50, 100):
+                y = run(x)
+                y.backward(dy)
             found += [y.detach(), x.grad]
         parameters = [p.grad for p in norm.parameters()]
         results.append([*found, *parameters, *(b.clone() for b in norm.buffers())])
@@ -300,7 +291,7 @@ def test_no_parameter_of_it_would_be_decayed(norm_name: str) -> None:
 
 def test_in_evaluation_it_is_the_affine_map_that_it_says(norm_name: str) -> None:
     norm, x = trained(make(norm_name)(8)), randn(3, T, 8)
-    map_ = norm.as_affine() if getattr(norm, "as_affine", None) else None
+    map_ = norm.as_affine()
     if map_ is None:
         return
     torch.testing.assert_close(norm(x), x * map_[0] + map_[1], rtol=1e-5, atol=1e-5)

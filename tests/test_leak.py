@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from gpt.common.errors import ConfigError
 from gpt.config import Config
+from gpt.norms.base import Norm, norms_of
 from gpt.norms.layer import LayerNorm
-from gpt.norms.registry import NORMS, begin_step, norms_of
+from gpt.norms.registry import NORMS
 from gpt.placement import build_model
 from gpt.probes.leak import probe
 from gpt.probes.verdict import FUTURE, NEIGHBOURS, UNKNOWN, Sight
@@ -186,7 +187,8 @@ def test_power_norm_is_causal_without_a_warm_up_on_the_batch() -> None:
 @pytest.mark.parametrize("norm", ["prepbn", "power", "anneal"])
 def test_probing_leaves_no_trace(norm: str) -> None:
     model = build_model(make_config("data=pydoc", f"norm={norm}", "model.dropout=0.5"), 61)
-    begin_step(norms_of(model), 1, 1000)
+    for module in norms_of(model):
+        module.begin_step(1, 1000)
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
     x, outputs = torch.randint(61, (4, 32)), []
@@ -231,10 +233,10 @@ def test_strict_causal_lets_a_causal_model_train(config: Callable[..., Config]) 
 
 OWN = """
 from torch import nn
-from gpt.norms.registry import register
+from gpt.norms import Norm, register
 
 @register("mine")
-class Mine(nn.Module):
+class Mine(Norm):
     axes = ("C",)   # a lie: it takes the batch's mean
     invariances = ("shift",)
 
@@ -276,7 +278,7 @@ def test_a_norm_of_one_s_own_runs_from_the_command_line_and_its_leak_is_found(
 def test_a_norm_of_one_s_own_draws_its_initial_weights_from_the_run_s_seed(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Random(nn.Module):
+    class Random(Norm):
         axes = ()
 
         def __init__(self, n_embd: int) -> None:

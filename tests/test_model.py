@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpt.config import ModelConfig
 from gpt.model import GPT, Block, BlockPlan, Sublayer
-from gpt.norms.registry import norms_of
+from gpt.norms.base import norms_of
 from gpt.placement import build_model
 from tests.conftest import make_config, mostly_long
 

@@ -166,7 +166,7 @@ def test_batch_statistics_in_evaluation_are_those_of_the_batch(name: str) -> Non
 def test_saturation_is_the_share_beyond_95_percent(norm: str, edge: float) -> None:
     """tanh(3.664 / 2) and erf(2.772 / 2) are 0.95, and α begins at 1/2."""
     x = torch.tensor([[[0.0, edge - 0.01], [edge + 0.01, -9.0]]])
-    assert build_norm(norm, 2).saturation(x) == 0.5
+    assert build_norm(norm, 2).statistics(x) == {"saturation": 0.5}
 
 
 def test_layer_norm_does_without_gamma_and_beta_and_refuses_a_spread_of_one_value() -> None:
@@ -269,10 +269,10 @@ def test_half_precision_is_rounded_once(name: str, training: bool, dtype: torch.
 
 HALF = """
 from torch import nn
-from gpt.norms.registry import register
+from gpt.norms import Norm, register
 
 @register("half")
-class Half(nn.Module):
+class Half(Norm):
     axes = ()
 
     def __init__(self, n_embd: int) -> None:

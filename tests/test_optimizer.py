@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gpt.config import OptimConfig
-from gpt.norms.registry import NORMS
+from gpt.norms.base import Norm
 from gpt.placement import build_model
 from gpt.training.optimizer import lr_at, make_optimizer
 from tests.conftest import make_config
@@ -61,17 +61,16 @@ def test_updates_are_adamw_with_the_configured_betas() -> None:
         assert model.weight.item() == pytest.approx(w, rel=1e-12)
 
 
-def test_a_norms_parameters_are_not_decayed_whatever_their_shape(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Whitening(nn.Module):
+def test_a_norms_parameters_are_not_decayed_whatever_their_shape() -> None:
+    """Nor those of a norm that is not registered."""
+
+    class Whitening(Norm):
         """A norm whose γ is a matrix."""
 
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(3, 3))
 
-    monkeypatch.setitem(NORMS, "whitening", Whitening)
     model = nn.Sequential(nn.Linear(3, 3), Whitening())
     decay = {
         p: g["weight_decay"] for g in make_optimizer(model, CFG).param_groups for p in g["params"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gpt.common.errors import ConfigError
 from gpt.formula import calculate
 from gpt.model import GPT, Block, add_norm
-from gpt.norms.registry import norms_of
+from gpt.norms.base import norms_of
 from gpt.placement import build_model
 from tests.conftest import make_config
 from tests.programs import REPO

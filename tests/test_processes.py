@@ -122,10 +122,10 @@ def test_a_process_that_dies_ends_the_others_in_one_line(corpus: Path, tmp_path:
 BAD_ON_THE_SECOND = """
 import os
 from torch import nn
-from gpt.norms.registry import register
+from gpt.norms import Norm, register
 
 @register("bad")
-class Bad(nn.Module):
+class Bad(Norm):
     axes = ()
     step = 0
 
@@ -153,10 +153,10 @@ def test_a_divergence_on_any_process_names_its_site(corpus: Path, tmp_path: Path
 FADES_IN = """
 import torch
 from torch import nn
-from gpt.norms.registry import register
+from gpt.norms import Norm, register
 
 @register("fades_in")
-class FadesIn(nn.Module):
+class FadesIn(Norm):
     axes = ()
     late = False
 

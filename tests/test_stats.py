@@ -75,13 +75,13 @@ def test_the_gap_to_evaluation_is_that_before_the_batch_is_taken_in(norm: str) -
     model = build_model(make_config("data=pydoc", f"norm={norm}", "placement.embd_norm=true"), 61)
     idx = torch.randint(61, (4, 32), generator=torch.Generator().manual_seed(0))
     x = model.wte(idx) + model.wpe.weight
-    expected = [float(value) for value in model.embd_norm.discrepancy(x)]  # type: ignore[operator]
+    expected = [float(v) for v in model.embd_norm.statistics(x).values()]  # type: ignore[operator]
     record: Record = {}
     with collect(model, record):
         model(idx, idx)
     found = to_numbers(record)["sites"]["embd_norm"]
     assert [found["tid_mean"], found["tid_std"]] == pytest.approx(expected, rel=1e-5)
-    after = [float(value) for value in model.embd_norm.discrepancy(x)]  # type: ignore[operator]
+    after = [float(v) for v in model.embd_norm.statistics(x).values()]  # type: ignore[operator]
     assert after != pytest.approx(expected, rel=1e-2)
 
 

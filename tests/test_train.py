@@ -21,7 +21,6 @@ from gpt.common.errors import DataError, MissingInput
 from gpt.config import Config
 from gpt.data.batches import TrainBatches, ValBatches
 from gpt.norms.power import PowerNorm
-from gpt.norms.registry import defer, norms_of
 from gpt.placement import build_model
 from gpt.training import trainer
 from gpt.training.checkpoint import TrainState
@@ -127,7 +126,6 @@ def one_step(*overrides: str) -> tuple[TrainState, Row]:
     """The first step of a model that has 61 tokens."""
     cfg = make_config("data=pydoc", *overrides)
     model = build_model(cfg, 61)
-    defer(norms_of(model), cfg.train.grad_accum)
     state = TrainState(0, model, make_optimizer(model, cfg.optim), {}, dict(model.named_buffers()))
     batches: Any = Same(cfg.train.grad_accum)
     row, _ = update(cfg, state, model, batches, torch.device("cpu"), collecting=False)

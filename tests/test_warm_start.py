@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.norms.registry import norms_of
+from gpt.norms.base import norms_of
 from gpt.sampling.generate import generate
 from gpt.training.checkpoint import checkpoints, load_model
 from gpt.training.trainer import train
@@ -73,10 +73,10 @@ def test_what_is_not_swapped_stays_as_it_was(corpus: Path, tmp_path: Path) -> No
 ZERO = """
 import torch
 from torch import nn
-from gpt.norms.registry import register
+from gpt.norms import Norm, register
 
 @register("zero_centred")
-class ZeroCentred(nn.Module):
+class ZeroCentred(Norm):
     axes = ("C",)
     invariances = ("scale",)
 

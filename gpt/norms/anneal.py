@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from gpt.common.processes import mean_over_processes
-from gpt.norms.registry import check_at_least, progress, register, wide
+from gpt.norms.base import Norm, check_at_least, progress, wide
+from gpt.norms.registry import register
 
 
 @register("anneal")
-class AnnealedLayerNorm(nn.Module):
+class AnnealedLayerNorm(Norm):
     """y = γ (x − μ) ((1 − λ)/σ + λ/σ̄) + β, λ from 0 to 1 by a straight line.  (B, T, C) → (B, T, C)
 
     σ = √(biased variance over C + ε); σ̄ is its mean over tokens, running until λ is 1 and constant
@@ -57,14 +58,13 @@ class AnnealedLayerNorm(nn.Module):
         self.register_buffer("updates", torch.zeros(()))
         self.register_buffer("fade", torch.zeros(()))
         self.register_buffer("seen", torch.zeros(2), persistent=False)  # Σ of mean σ, how many
-        self.deferred = False
 
     def begin_step(self, step: int, steps: int) -> None:
         done = (progress(step, steps) - self.start) / (self.end - self.start)
         self.fade.fill_(min(1.0, max(0.0, done)))
 
     @torch.no_grad()
-    def commit(self) -> None:
+    def end_step(self) -> None:
         total, count = self.seen
         due = (self.fade < 1) * (count > 0)
         weight = (1 / (self.updates + 1)).clamp_min(self.momentum)  # the first is taken whole
@@ -81,5 +81,5 @@ class AnnealedLayerNorm(nn.Module):
             mean_std = mean_over_processes(std.detach().mean())
             self.seen += torch.stack([mean_std, torch.ones_like(mean_std)])
             if not self.deferred:
-                self.commit()
+                self.end_step()
         return (centred * rstd * self.weight + self.bias).to(x.dtype)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.common.processes import mean_over_processes, world_size
-from gpt.norms.registry import check_at_least, register, wide
+from gpt.norms.base import Norm, check_at_least, norms_of, wide
+from gpt.norms.registry import register
 
 
 def mean_and_variance(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -22,7 +23,7 @@ def mean_and_variance(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]
 
 
 @register("batch")
-class BatchNorm(nn.Module):
+class BatchNorm(Norm):
     """y = γ (x − μ)/√(σ² + ε) + β, a μ and σ² for each of the C features.  (B, T, C) → (B, T, C)
 
     In training μ and σ² (biased) run over B and T: a token sees later tokens and other samples.
@@ -46,6 +47,7 @@ class BatchNorm(nn.Module):
     axes: ClassVar[tuple[str, ...]] = ("B", "T")
     evaluation_axes: ClassVar[tuple[str, ...]] = ()
     invariances: ClassVar[tuple[str, ...]] = ("shift", "scale")
+    has_batch_stats = True
     correction = 1  # the running variance is unbiased: ÷ n − 1
 
     running_mean: Tensor
@@ -63,8 +65,6 @@ class BatchNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_embd))  # γ
         self.bias = nn.Parameter(torch.zeros(n_embd))  # β
         self.make_buffers(n_embd)
-        self.batch_stats = False  # evaluate with the batch's own statistics, see batch_statistics
-        self.deferred = False  # leave commit() to the trainer, once a step
 
     def make_buffers(self, *shape: int) -> None:
         """Buffers: the running statistics, and those of the current step's micro-batches: the mean,
@@ -104,10 +104,10 @@ class BatchNorm(nn.Module):
         self.seen_m2 += variance * count + delta.square() * (self.seen_count * count / total)
         self.seen_count.copy_(total)
         if not self.deferred:
-            self.commit()
+            self.end_step()
 
     @torch.no_grad()
-    def commit(self) -> None:
+    def end_step(self) -> None:
         """Move the running statistics towards those seen since the last time."""
         weight = self.momentum * self.seen_count.clamp_max(1)  # 0 if nothing was seen
         unbiased = self.seen_m2 / (self.seen_count - self.correction).clamp_min(1)
@@ -116,20 +116,26 @@ class BatchNorm(nn.Module):
         for seen in (self.seen_mean, self.seen_m2, self.seen_count):
             seen.zero_()
 
-    def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def statistics(self, x: Tensor) -> dict[str, Tensor]:
         """Training against inference: mean |μ_run − μ_B|/σ_B and mean |σ_run/σ_B − 1| (RBN)."""
-        return self.distance(*mean_and_variance(x, (0, 1)), self.running_mean, self.running_var)
+        return self.discrepancy(*mean_and_variance(x, (0, 1)), self.running_mean, self.running_var)
 
-    @torch.no_grad()
-    def distance(
+    def discrepancy(
         self, mean: Tensor, variance: Tensor, running_mean: Tensor, running_var: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
         std, running_std = ((v + self.eps).sqrt() for v in (variance, running_var))
-        return ((running_mean - mean).abs() / std).mean(), (running_std / std - 1).abs().mean()
+        return {
+            "tid_mean": ((running_mean - mean).abs() / std).mean(),
+            "tid_std": (running_std / std - 1).abs().mean(),
+        }
+
+    def as_affine(self) -> tuple[Tensor, Tensor] | None:
+        return self.affine()
 
     @torch.no_grad()
-    def as_affine(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift), (C,) each: in evaluation y = x·scale + shift."""
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift), (C,) each: y = x·scale + shift by the running statistics."""
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         return scale, self.bias - self.running_mean * scale
 
@@ -151,6 +157,6 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             norm.batch_stats = False
 
 
-def norms_with_batch_stats(model: nn.Module) -> list[Any]:
+def norms_with_batch_stats(model: nn.Module) -> list[Norm]:
     """The norms of `model` that can use a batch's own statistics in evaluation."""
-    return [m for m in model.modules() if hasattr(m, "batch_stats")]
+    return [norm for norm in norms_of(model) if norm.has_batch_stats]

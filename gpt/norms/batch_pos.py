@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from gpt.common.processes import world_size
+from gpt.norms.base import check_at_least
 from gpt.norms.batch import BatchNorm, mean_and_variance
-from gpt.norms.registry import check_at_least, register
+from gpt.norms.registry import register
 
 
 @register("batch_pos")
@@ -47,7 +48,7 @@ class PositionBatchNorm(BatchNorm):
         mean, variance = mean_and_variance(x, (0,))
         if self.training:
             # What is later than this batch's T takes no part: its mean and unbiased variance, which
-            # `commit` makes of the biased ones, are as before.
+            # `end_step` makes of the biased ones, are as before.
             later = self.running_var[T:] * (1 - (self.seen_count == 0) / count)
             self.observe(
                 torch.cat([mean.detach(), self.running_mean[T:]]),
@@ -56,11 +57,12 @@ class PositionBatchNorm(BatchNorm):
             )
         return self.normalise(x, mean, variance)
 
-    def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def statistics(self, x: Tensor) -> dict[str, Tensor]:
         """As BatchNorm's, over positions and features."""
-        T = x.shape[1]
-        return self.distance(
-            *mean_and_variance(x, (0,)), self.running_mean[:T], self.running_var[:T]
-        )
+        running = self.running_mean[: x.shape[1]], self.running_var[: x.shape[1]]
+        return self.discrepancy(*mean_and_variance(x, (0,)), *running)
 
-    as_affine = None  # type: ignore[assignment]  # one map a position: no Linear could take it in
+    def as_affine(self) -> tuple[Tensor, Tensor] | None:
+        """None: it has one map a position, which no Linear could take in."""
+        return None

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from gpt.common.errors import MissingInput
 from gpt.kernels.layer_norm import add_layer_norm
-from gpt.norms.registry import check_at_least, register
+from gpt.norms.base import Norm, check_at_least
+from gpt.norms.registry import register
 
 
 @register("cuda_layer")
-class CudaLayerNorm(nn.Module):
+class CudaLayerNorm(Norm):
     """y = γ (x − μ)/√(σ² + ε) + β over C, biased σ², in one CUDA kernel.  (B, T, C) → (B, T, C)
 
     Statistics are fp32. Given a branch as well it returns (norm of x + branch, x + branch) in the
@@ -39,8 +40,6 @@ class CudaLayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(n_embd))  # γ
         self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None  # β
-        self.keep_rows = False  # while statistics are taken: leave the rows' own in `rows`
-        self.rows: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self, x: Tensor, branch: Tensor | None = None, stays: bool = False

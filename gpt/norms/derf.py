@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gpt.norms.base import Norm
 from gpt.norms.registry import register
 
 
 @register("derf")
-class DynamicErf(nn.Module):
+class DynamicErf(Norm):
     """y = γ erf(α x + s) + β, numbers α and s, γ and β a feature.  (B, T, C) → (B, T, C)
 
     n_embd  C
@@ -33,6 +34,7 @@ class DynamicErf(nn.Module):
         return (self.weight * torch.erf(self.alpha * x + self.shift) + self.bias).to(x.dtype)
 
     @torch.no_grad()
-    def saturation(self, x: Tensor) -> Tensor:
+    def statistics(self, x: Tensor) -> dict[str, Tensor]:
         """The share of x where the squashed value is beyond ±0.95."""
-        return (torch.erf(self.alpha * x + self.shift).abs() > 0.95).float().mean()
+        flat = (torch.erf(self.alpha * x + self.shift).abs() > 0.95).float().mean()
+        return {"saturation": flat}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from gpt.norms.base import Norm
 from gpt.norms.registry import register
 
 
 @register("dummy")
-class DummyLayerNorm(nn.Module):
+class DummyLayerNorm(Norm):
     """y = x.  (B, T, C) → (B, T, C), no parameters; `n_embd` and `eps` are taken and not used.
 
     Use it to see what training is like without a norm. Not at a high learning rate.

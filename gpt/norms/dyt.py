@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gpt.norms.base import Norm
 from gpt.norms.registry import register
 
 
 @register("dyt")
-class DynamicTanh(nn.Module):
+class DynamicTanh(Norm):
     """y = γ tanh(α x) + β, one number α, γ and β a feature.  (B, T, C) → (B, T, C)
 
     n_embd  C
@@ -33,6 +34,7 @@ class DynamicTanh(nn.Module):
         return (self.weight * torch.tanh(self.alpha * x) + self.bias).to(x.dtype)
 
     @torch.no_grad()
-    def saturation(self, x: Tensor) -> Tensor:
+    def statistics(self, x: Tensor) -> dict[str, Tensor]:
         """The share of x where the squashed value is beyond ±0.95."""
-        return (torch.tanh(self.alpha * x).abs() > 0.95).float().mean()
+        flat = (torch.tanh(self.alpha * x).abs() > 0.95).float().mean()
+        return {"saturation": flat}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gpt.norms.base import Norm, check_at_least, wide
 from gpt.norms.layer import layer_norm
-from gpt.norms.registry import check_at_least, register, wide
+from gpt.norms.registry import register
 
 
 @register("group")
-class GroupNorm(nn.Module):
+class GroupNorm(Norm):
     """y = γ (x − μ)/√(σ² + ε) + β, μ and σ² over C/G features of a token.  (B, T, C) → (B, T, C)
 
     `nn.GroupNorm` on (B, C, T) would average over T as well, and so see the future.

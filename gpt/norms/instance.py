@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gpt.norms.base import Norm, check_at_least, wide
 from gpt.norms.layer import layer_norm
-from gpt.norms.registry import check_at_least, register, wide
+from gpt.norms.registry import register
 
 
 @register("instance")
-class InstanceNorm(nn.Module):
+class InstanceNorm(Norm):
     """y = γ (x − μ)/√(σ² + ε) + β, μ and σ² over T, for each sample and feature.
 
     (B, T, C) → (B, T, C). Later tokens are in the statistics, in evaluation as well, and one token

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpt.norms.registry import check_at_least, register, wide
+from gpt.norms.base import Norm, check_at_least, wide
+from gpt.norms.registry import register
 
 
 @register("l2")
-class L2Norm(nn.Module):
+class L2Norm(Norm):
     """y = x/max(‖x‖, ε) over C, no parameters.  (B, T, C) → (B, T, C)
 
     n_embd  C, not used

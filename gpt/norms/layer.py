@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.norms.registry import check_at_least, register, wide
+from gpt.norms.base import Norm, check_at_least, wide
+from gpt.norms.registry import register
 
 
 def layer_norm(
@@ -26,7 +27,7 @@ def layer_norm(
 
 
 @register("layer")
-class LayerNorm(nn.Module):
+class LayerNorm(Norm):
     """y = γ (x − μ)/√(σ² + ε) + β over C, biased σ².  (B, T, C) → (B, T, C)
 
     γ and β are shared by all tokens: dL/dγ = Σ_bt dy·x̂, dL/dβ = Σ_bt dy, with

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gpt.common.processes import mean_over_processes, world_size
+from gpt.norms.base import check_at_least, wide
 from gpt.norms.batch import BatchNorm
-from gpt.norms.registry import check_at_least, register, wide
+from gpt.norms.registry import register
 
 
 class Divide(torch.autograd.Function):
@@ -74,8 +75,8 @@ class PowerNorm(BatchNorm):
         self.warming = step <= self.warmup_steps
 
     @torch.no_grad()
-    def commit(self) -> None:
-        super().commit()
+    def end_step(self) -> None:
+        super().end_step()
         gamma, lam, times = self.seen_backward
         momentum = self.momentum * times.clamp_max(1)
         gamma, lam = gamma / times.clamp_min(1), lam / times.clamp_min(1)
@@ -98,8 +99,8 @@ class PowerNorm(BatchNorm):
         return (self.weight * x_hat + self.bias).to(x.dtype)
 
     @torch.no_grad()
-    def discrepancy(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, x: Tensor) -> dict[str, Tensor]:
         """0, for there is no mean; and mean |√(ψ_run/ψ_B) − 1|."""
         square = mean_over_processes(wide(x).square().mean((0, 1))) + self.eps
         off = ((self.running_var + self.eps) / square).sqrt() - 1
-        return torch.zeros_like(off[0]), off.abs().mean()
+        return {"tid_mean": torch.zeros_like(off[0]), "tid_std": off.abs().mean()}

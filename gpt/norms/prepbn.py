@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gpt.norms.registry import progress, register, wide
+from gpt.norms.base import progress, wide
+from gpt.norms.registry import register
 from gpt.norms.repbn import RepBatchNorm
 from gpt.norms.rms import rms_norm
 
@@ -52,7 +53,6 @@ class ProgressiveRepBatchNorm(RepBatchNorm):
         rms, repbn = rms_norm(x32, self.rms_weight, self.eps), super().forward(x32)
         return (self.share * rms + (1 - self.share) * repbn).to(x.dtype)
 
-    @torch.no_grad()
-    def as_affine(self) -> tuple[Tensor, Tensor] | None:  # type: ignore[override]
+    def as_affine(self) -> tuple[Tensor, Tensor] | None:
         """None as long as there is a share of RMSNorm."""
-        return None if self.share > 0 else super().as_affine()
+        return None if self.share > 0 else self.affine()

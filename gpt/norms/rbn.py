@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from gpt.common.processes import world_size
+from gpt.norms.base import check_at_least
 from gpt.norms.batch import BatchNorm, mean_and_variance
-from gpt.norms.registry import check_at_least, register
+from gpt.norms.registry import register
 
 
 @register("rbn")
@@ -42,6 +43,9 @@ class RegularisedBatchNorm(BatchNorm):
         check_at_least(0, mean_weight=mean_weight, var_weight=var_weight)
         self.mean_weight, self.var_weight = mean_weight, var_weight
         self.penalty = torch.zeros(())
+
+    def extra_loss(self) -> Tensor:
+        return self.penalty
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -1,33 +1,13 @@
 """Norms by name. A norm is one file here and one yaml in `configs/norm/`.
 
     @register("scale")
-    class ScaleNorm(nn.Module):
+    class ScaleNorm(Norm):
         axes = ("C",)
 
         def __init__(self, n_embd: int, *, eps: float = 1e-5) -> None: ...
 
 The keyword arguments of the constructor are the norm's configuration: their names and types are
 the schema, and a value they refuse with `ValueError` is reported as a configuration error.
-
-What a norm may have beside `forward`, each looked for where it is used:
-
-    begin_step(step, steps)  called before each training step, 1 to steps
-    penalty                  a scalar tensor of the last forward, added to what is minimised
-    commit()                 puts what a step's forwards have seen into the running statistics;
-                             while `deferred` is true it is called after each step, by the trainer
-    defers                   its training reads running statistics, which must not change before
-                             the backward pass: it is always deferred
-    batch_stats              in evaluation: use the batch's own statistics
-    keep_rows                while true, `rows` holds each row's mean and biased variance
-    discrepancy(x)           how far x's own statistics are from the running ones
-    saturation(x)            the share of x where it is nearly flat
-    as_affine()              in evaluation: (scale, shift), (C,) each, where it is x·scale + shift
-    adds                     it takes (x, branch, stays) and gives (norm of the sum, sum)
-    takes_over               {"rms_weight": "weight"}: swapped in for another norm, its rms_weight
-                             begins as what was that one's weight
-
-Statistics over the batch go through `gpt.common.processes.mean_over_processes`, so that several
-processes share them. What a norm remembers is in buffers that are there from the start.
 """
 
 from __future__ import annotations
@@ -41,45 +21,38 @@ from copy import deepcopy
 from importlib.metadata import entry_points
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt.common.errors import ConfigError, MissingInput, nearest
 from gpt.config import check_choice
+from gpt.norms.base import Norm
 
-NORMS: dict[str, type[nn.Module]] = {}
+NORMS: dict[str, type[Norm]] = {}
+N = TypeVar("N", bound=Norm)
 USER = "gpt_norms_user_"  # what the names of modules begin with that `load_module` has run
 
 
-def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Class decorator. The class says what it is, and the tests probe whether that is true:
+def register(name: str) -> Callable[[type[N]], type[N]]:
+    """Class decorator: the norm can be had by this name. The tests probe what it declares."""
 
-    axes             those of (B, T, C) that its statistics run over in training; B: a token's
-                     output depends on other samples, T: on later tokens
-    evaluation_axes  the same in evaluation, where that differs
-    invariances      what of "shift" (x + c) and "scale" (c·x) leaves its training output as it is
-    divisors         the options that must divide the number of features
-    """
-
-    def decorate(cls: Any) -> Any:
+    def decorate(cls: type[N]) -> type[N]:
         if name in NORMS:
             raise ValueError(f"norm {name!r} is registered twice: {NORMS[name]} and {cls}")
-        axes = getattr(cls, "axes", None)
-        if not isinstance(axes, tuple) or not set(axes) <= {"B", "T", "C"}:
+        if not issubclass(cls, Norm):
+            raise ValueError(f"norm {name!r}: {cls.__name__} is no subclass of gpt.norms.base.Norm")
+        declared = any("axes" in vars(base) for base in cls.__mro__ if base is not Norm)
+        if not declared or not set(cls.axes) <= {"B", "T", "C"}:
             raise ValueError(f"norm {name!r} does not declare axes, some of ('B', 'T', 'C')")
-        if "axes" in vars(cls) and "evaluation_axes" not in vars(cls):
-            cls.evaluation_axes = cls.axes
-        cls.invariances = getattr(cls, "invariances", ())
-        cls.divisors = getattr(cls, "divisors", ())
         NORMS[name] = cls
         return cls
 
     return decorate
 
 
-def norm_class(name: str) -> Any:
+def norm_class(name: str) -> type[Norm]:
     """The registered class, or the one-line error with the nearest name."""
     check_choice("norm", name, tuple(sorted(NORMS)))
     return NORMS[name]
@@ -126,7 +99,7 @@ def load_entry_points() -> None:
             ) from error
 
 
-def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any) -> nn.Module:
+def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any) -> Norm:
     """A norm over `n_embd` features; `options` are checked against the constructor's signature.
 
     module  the file of the user's that registered it. It is not run here: a configuration that
@@ -163,7 +136,7 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
     if missing:
         raise ConfigError(f"norm={name}: norm.{missing[0]} is not given")
     try:
-        norm = cls(n_embd, **options)
+        norm: Norm = cls(n_embd, **options)  # type: ignore[call-arg]
         if cls.__module__.startswith(USER):
             try_out(norm, n_embd)
     except ValueError as error:
@@ -177,7 +150,7 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
     return norm
 
 
-def try_out(norm: nn.Module, n_embd: int) -> None:
+def try_out(norm: Norm, n_embd: int) -> None:
     """TypeError where a norm of the user's does not give back what it was given."""
     x = torch.randn(2, 2, n_embd)
     y = deepcopy(norm)(x)
@@ -194,15 +167,10 @@ def accepts(annotation: Any, value: Any) -> bool:
     return any(accepts(a, value) for a in alternatives) or type(value) is annotation
 
 
-def name_of(norm: nn.Module) -> str:
-    """What a norm is registered as."""
-    return next(name for name, cls in NORMS.items() if type(norm) is cls)
-
-
-def norms_of(module: nn.Module) -> list[Any]:
-    """Every registered norm inside `module`, in order."""
-    types = set(NORMS.values())
-    return [m for m in module.modules() if type(m) in types]
+def name_of(norm: Norm) -> str:
+    """What a norm is registered as; else the name of its class."""
+    names = (name for name, cls in NORMS.items() if type(norm) is cls)
+    return next(names, type(norm).__name__)
 
 
 def sizes(name: str, block_size: int) -> dict[str, Any]:
@@ -221,46 +189,3 @@ def fitting(name: str, width: int) -> dict[str, int]:
     divisors = [d for d in range(2, width) if width % d == 0] or [1]
     defaults = {key: parameters[key].default for key in cls.divisors}
     return {k: d if d in divisors else divisors[0] for k, d in defaults.items()}
-
-
-def progress(step: int, steps: int) -> float:
-    """How far training is in step 1 to steps: 0 in the first, 1 in the last."""
-    return (step - 1) / max(1, steps - 1)
-
-
-def defer(norms: list[Any], micro_batches: int) -> None:
-    """Let running statistics change once a step, where they would change within it."""
-    for norm in norms:
-        if hasattr(norm, "commit"):
-            norm.deferred = micro_batches > 1 or getattr(norm, "defers", False)
-
-
-def commit(norms: list[Any]) -> None:
-    """The step is done: what deferred norms have seen becomes part of their statistics."""
-    for norm in norms:
-        if getattr(norm, "deferred", False):
-            norm.commit()
-
-
-def begin_step(norms: list[Any], step: int, steps: int) -> None:
-    """Tell the norms that change while training which of its `steps` begins."""
-    for norm in norms:
-        if hasattr(norm, "begin_step"):
-            norm.begin_step(step, steps)
-
-
-def penalties(norms: list[Any]) -> Tensor | float:
-    """What the norms add to the loss that is minimised; the loss that is logged is without."""
-    return sum((n.penalty for n in norms if hasattr(n, "penalty")), 0.0)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in fp32 or wider, which is what statistics are taken in."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def check_at_least(least: float, **options: float) -> None:
-    """ValueError, in the words of the command line, for an option below `least`."""
-    for key, value in options.items():
-        if value < least:
-            raise ValueError(f"norm.{key}={value}: expected a number >= {least:g}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gpt.norms.base import wide
 from gpt.norms.batch import BatchNorm
-from gpt.norms.registry import register, wide
+from gpt.norms.registry import register
 
 
 @register("repbn")
@@ -31,6 +32,6 @@ class RepBatchNorm(BatchNorm):
         return (super().forward(x32) + self.eta * x32).to(x.dtype)
 
     @torch.no_grad()
-    def as_affine(self) -> tuple[Tensor, Tensor]:
-        scale, shift = super().as_affine()
+    def affine(self) -> tuple[Tensor, Tensor]:
+        scale, shift = super().affine()
         return scale + self.eta, shift

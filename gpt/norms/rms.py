@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gpt.norms.registry import check_at_least, register, wide
+from gpt.norms.base import Norm, check_at_least, wide
+from gpt.norms.registry import register
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, n_seen: int | None = None) -> Tensor:
@@ -19,7 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, n_seen: int | None = None) -
 
 
 @register("rms")
-class RMSNorm(nn.Module):
+class RMSNorm(Norm):
     """y = γ x/√(mean x² + ε) over C, in fp32 or wider.  (B, T, C) → (B, T, C)
 
     No mean is taken away and there is no β: half of LayerNorm's parameters.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gpt.norms.registry import check_at_least, register, wide
+from gpt.norms.base import Norm, check_at_least, wide
+from gpt.norms.registry import register
 
 
 @register("scale")
-class ScaleNorm(nn.Module):
+class ScaleNorm(Norm):
     """y = g x/max(‖x‖, ε) over C, one number g, √C at first.  (B, T, C) → (B, T, C)
 
     RMSNorm with one γ for all features: g = γ √C.

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gpt.common.device import autocast, seed_device
 from gpt.common.errors import ConfigError
-from gpt.norms.registry import USER, begin_step, norms_of
+from gpt.norms.base import changes, norm_step, norms_of
+from gpt.norms.registry import USER
 from gpt.probes.verdict import FUTURE, NEIGHBOURS, UNKNOWN, Sight
 
 
@@ -29,18 +30,18 @@ def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int, dtype:
     generator = torch.Generator().manual_seed(0)
     T = min(block_size, 128)
     idx = torch.randint(vocab_size, (4, T), generator=generator).to(device)
-    changes = list(product((0, 2, 3), sorted({0, min(1, T - 1), T // 2, T - 1})))
-    changing = any(hasattr(norm, "begin_step") for norm in norms_of(model))
+    places = list(product((0, 2, 3), sorted({0, min(1, T - 1), T // 2, T - 1})))
+    changing = any(changes(norm) for norm in norms_of(model))
 
     def output(tokens: Tensor, step: int) -> Tensor:
         for name, buffer in model.named_buffers():
             if name not in kept:
                 raise ConfigError(f"{name}: it was not there from the start; give it a tensor then")
             buffer.copy_(kept[name])
-        begin_step(norms_of(model), step, steps)
         seed_device(device, 0)  # the same dropout in both
+        grad = torch.set_grad_enabled(model.training)
         try:
-            with torch.set_grad_enabled(model.training), autocast(device, dtype):
+            with norm_step(model, step, steps), grad, autocast(device, dtype):
                 return model(tokens)[0].detach().float()
         except Exception as error:
             if not any(type(norm).__module__.startswith(USER) for norm in norms_of(model)):
@@ -52,7 +53,7 @@ def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int, dtype:
         found = set()
         for step in (1, steps) if changing else (1,):
             unchanged = output(idx, step)
-            for sample, first in changes:
+            for sample, first in places:
                 other = idx.clone()
                 other[sample, first:] = (other[sample, first:] + 1) % vocab_size
                 change = (output(other, step) - unchanged).abs()
@@ -78,7 +79,8 @@ def probe(model: nn.Module, vocab_size: int, block_size: int, steps: int, dtype:
     training = sight()
     for name, tensor in tensors_of(model).items():
         tensor.copy_(kept[name])
-    begin_step(norms_of(model), 1, steps)
+    for norm in norms_of(model):
+        norm.begin_step(1, steps)
     return Sight(training, evaluation)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gpt.model import GPT, Block
-from gpt.norms.registry import norms_of
+from gpt.norms.base import Norm, norms_of
 
 MOMENTS = ("mean", "std", "rms", "absmax", "skew", "kurtosis", "outliers", "absmax_to_median")
 BINS = 32  # of a histogram from −8 to 8 root mean squares; what is beyond is in the outermost
@@ -124,29 +124,24 @@ class Collector:
             output.register_hook(keep)
         return output
 
-    def site(self, name: str, norm: Any) -> None:
+    def site(self, name: str, norm: Norm) -> None:
         for parameter, value in norm.named_parameters():
-            label, value = GREEK.get(parameter, parameter), value.detach().float()
-            self.record["sites", name, f"{label}_norm"] = value.norm()
-            if parameter in getattr(norm, "started", {}):
-                norm.started[parameter] = norm.started[parameter].to(value)  # copied once
-                off = value - norm.started[parameter]
+            label, now = GREEK.get(parameter, parameter), value.detach().float()
+            self.record["sites", name, f"{label}_norm"] = now.norm()
+            if parameter in norm.started:
+                off = now - norm.started[parameter].to(now)
                 self.record["sites", name, f"{label}_drift"] = off.square().mean().sqrt()
 
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             # Before the running statistics have taken this batch in.
-            if hasattr(norm, "discrepancy"):
-                tid = norm.discrepancy(inputs[0])
-                for key, value in zip(("tid_mean", "tid_std"), tid, strict=True):
-                    self.record["sites", name, key] = value
-            if hasattr(norm, "saturation"):
-                self.record["sites", name, "saturation"] = norm.saturation(inputs[0].detach())
+            for key, value in norm.statistics(inputs[0].detach()).items():
+                self.record["sites", name, key] = value
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
             # A norm that adds the branch gives (y, stream).
             y, stream = output if isinstance(output, tuple) else (output, None)
             x = inputs[0] if stream is None else stream
-            self.record["sites", name, "before"] = moments(x, getattr(norm, "rows", None))
+            self.record["sites", name, "before"] = moments(x, norm.rows)
             self.record["sites", name, "after"] = moments(y)
             self.record["sites", name, "histogram"] = histogram(x)
             y = self.keep_gradient(("sites", name), y)
@@ -205,12 +200,11 @@ def collect(model: GPT, record: Record, grad_scale: float = 1.0) -> Iterator[Non
     grad_scale  what a gradient is multiplied with: grad_accum, where the loss was divided by it
     """
     collector = Collector(record, grad_scale)
-    norms = set(norms_of(model))
-    keeping: list[Any] = [norm for norm in norms if hasattr(norm, "keep_rows")]
-    for norm in keeping:  # it has the moments of its rows: they are reused
+    norms = norms_of(model)
+    for norm in norms:  # if it has the moments of its rows they are reused
         norm.keep_rows = True
     for name, module in model.named_modules():
-        if module in norms:
+        if isinstance(module, Norm):
             collector.site(name, module)
     collector.stream("embd", model.drop)
     for i, block in enumerate(cast(Iterable[Block], model.h)):
@@ -224,7 +218,7 @@ def collect(model: GPT, record: Record, grad_scale: float = 1.0) -> Iterator[Non
     finally:
         for handle in collector.handles:
             handle.remove()
-        for norm in keeping:
+        for norm in norms:
             norm.keep_rows, norm.rows = False, None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.model import GPT, Block
+from gpt.norms.base import Norm
 
 
 class Affine(nn.Module):
@@ -76,7 +77,6 @@ def fold(model: GPT) -> dict[str, int]:
 def affine_of(norm: nn.Module, counts: dict[str, int]) -> tuple[Tensor, Tensor] | None:
     if isinstance(norm, nn.Identity):
         return None
-    as_affine = getattr(norm, "as_affine", None)
-    result = as_affine() if as_affine else None
+    result = norm.as_affine() if isinstance(norm, Norm) else None
     counts["kept"] += result is None
     return result

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gpt.config import OptimConfig
-from gpt.norms.registry import norms_of
+from gpt.norms.base import norms_of
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from gpt.common.device import autocast, seed_device
 from gpt.common.processes import from_all_processes, mean_over_processes, rank
 from gpt.common.seeds import stream_seed
-from gpt.config import Config
+from gpt.config import Config, OptimConfig
 from gpt.data.batches import TrainBatches
 from gpt.model import GPT
-from gpt.norms.registry import begin_step, commit, norms_of, penalties
+from gpt.norms.base import NormStep, norm_step, norms_of
 from gpt.probes import stats
 from gpt.training.checkpoint import TrainState
 from gpt.training.optimizer import lr_at
@@ -44,54 +44,74 @@ def update(
     """The step after `state.step`, on the mean loss of its micro-batches.
 
     Returns the loss and the gradient's norm before clipping; and, if `collecting`, the first
-    micro-batch's statistics. If loss or norm is not finite the weights stay as they are; with fused
-    AdamW, from then on.
+    micro-batch's statistics. If loss or norm is not finite, the update is skipped (fused AdamW: all
+    later ones too).
 
-    forward  the model, or what compiles it or shares its gradients
+    forward  the model, or its `torch.compile` or DDP wrapper
     """
-    model, optimizer, step = state.model, state.optimizer, state.step + 1
+    step = state.step + 1
+    record: stats.Record = {}
+    with norm_step(state.model, step, cfg.train.steps, cfg.train.grad_accum) as norms:
+        remember(state)
+        seed_dropout(cfg, step, device)
+        micro_batches = batches.at(step, device)
+        loss = backward(cfg, state.model, forward, micro_batches, norms, device, record, collecting)
+        with stats.watch_update(state.model, record) if collecting else nullcontext():
+            lr = lr_at(step, cfg.train.steps, cfg.optim)
+            grad_norm = optimise(cfg.optim, state.model, state.optimizer, lr, loss)
+        state.optimizer.zero_grad()
+    state.step = step
+    return Row(step, lr, loss, grad_norm), record
+
+
+def backward(
+    cfg: Config,
+    model: GPT,
+    forward: nn.Module,
+    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    norms: NormStep,
+    device: torch.device,
+    record: stats.Record,
+    collecting: bool,
+) -> Tensor:
+    """Add the gradients of the micro-batches' mean loss; returns it, over all processes."""
     accum = cfg.train.grad_accum
     losses: list[Tensor] = []
-    record: stats.Record = {}
-    norms = norms_of(model)  # once: the walk takes as long as a dozen small kernels
-    begin_step(norms, step, cfg.train.steps)
-    remember(state)
-    seed_dropout(cfg, step, device)
-    for x, y in batches.at(step, device):
+    for x, y in micro_batches:
         watching: AbstractContextManager[None] = nullcontext()
         if collecting and not losses:
             watching = stats.collect(model, record, accum)
         with watching, gradients_stay(forward, len(losses) < accum - 1):
             with autocast(device, cfg.dtype):
                 _, loss = forward(x, y)
-            ((loss + penalties(norms)) / accum).backward()
+            ((loss + norms.extra_loss()) / accum).backward()
         losses.append(loss.detach())
-    loss = mean_over_processes(torch.stack(losses).mean())
-    with stats.watch_update(model, record) if collecting else nullcontext():
-        limit = cfg.optim.grad_clip or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-        both_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        lr = lr_at(step, cfg.train.steps, cfg.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if optimizer.defaults["fused"]:
-            # Decided on the device, so that nothing waits. Once it is true it stays so: the steps
-            # until the losses are read must not move the weights that the cause is looked for in.
-            skip = (~both_finite).float()
-            skip = torch.maximum(skip, getattr(optimizer, "found_inf", skip))
-            optimizer.found_inf = skip  # type: ignore[attr-defined]
-            optimizer.step()
-        elif both_finite:
-            optimizer.step()
-    optimizer.zero_grad()
-    commit(norms)
-    state.step = step
-    return Row(step, lr, loss, grad_norm), record
+    return mean_over_processes(torch.stack(losses).mean())
+
+
+def optimise(
+    cfg: OptimConfig, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, loss: Tensor
+) -> Tensor:
+    """Update the weights by the clipped gradients if all is finite; returns the gradients' norm."""
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+    both_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if optimizer.defaults["fused"]:
+        # Decided on the device, so that nothing waits. Once it is true it stays so: the steps
+        # until the losses are read must not move the weights that the cause is looked for in.
+        skip = (~both_finite).float()
+        skip = torch.maximum(skip, getattr(optimizer, "found_inf", skip))
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.step()
+    elif both_finite:
+        optimizer.step()
+    return grad_norm
 
 
 def remember(state: TrainState) -> None:
-    """Keep what the norms remember before this step, or before the first that was not finite: the
-    cause is looked for there. Decided on the device, like the update."""
+    """Snapshot the model's buffers so that a non-finite step can be replayed: as they are before
+    this step, or before the first that was not finite. Decided on the device, like the update."""
     lost = getattr(state.optimizer, "found_inf", None)  # there from the first fused update on
     for name, kept in state.memory.items():
         buffer = state.model.get_buffer(name)
@@ -132,11 +152,11 @@ def where_not_finite(
 
     The step is taken again, with the weights that it left as they were.
     """
-    begin_step(norms_of(state.model), state.step, cfg.train.steps)
-    for name, kept in state.memory.items():
-        state.model.get_buffer(name).copy_(kept)
-    seed_dropout(cfg, state.step, device)
-    site = first_not_finite(cfg, state.model, batches.at(state.step, device), device)
+    with norm_step(state.model, state.step, cfg.train.steps, cfg.train.grad_accum):
+        for name, kept in state.memory.items():
+            state.model.get_buffer(name).copy_(kept)
+        seed_dropout(cfg, state.step, device)
+        site = first_not_finite(cfg, state.model, batches.at(state.step, device), device)
     return f"first in {site}" if site else "not finite only in the backward pass"
 
 
@@ -153,7 +173,7 @@ def first_not_finite(
         with autocast(device, cfg.dtype), stats.collect(model, record):
             model(x, y)
         site = stats.first_nonfinite(record)
-        if site is None and not math.isfinite(penalties(norms_of(model))):
+        if site is None and not math.isfinite(NormStep(norms_of(model)).extra_loss()):
             site = "what the norms add to the loss"
         for found in from_all_processes(site):
             if found:

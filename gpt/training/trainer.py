@@ -37,7 +37,8 @@ from gpt.data.batches import TrainBatches, ValBatches
 from gpt.data.tokenizer import save_tokenizer, token_bytes
 from gpt.data.tokens import Data, prepare
 from gpt.model import GPT
-from gpt.norms.registry import defer, name_of, norms_of
+from gpt.norms.base import norms_of
+from gpt.norms.registry import name_of
 from gpt.placement import build_model, refuse_single_values
 from gpt.probes import stats
 from gpt.probes.leak import probe, refuse_leaks
@@ -170,7 +171,6 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
         )
     n_vocab, block_size = data.tokenizer.n_vocab, cfg.model.block_size
     model = build_model(cfg, n_vocab).to(device)
-    defer(norms_of(model), cfg.train.grad_accum)
     refuse_single_values(model, cfg)
     sight = probe(model, n_vocab, block_size, cfg.train.steps, cfg.dtype)
     if cfg.strict_causal:

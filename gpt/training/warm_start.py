@@ -13,7 +13,8 @@ from gpt.common.files import flatten, read_json
 from gpt.config import Config, load_config
 from gpt.data.tokenizer import fingerprint, load_tokenizer
 from gpt.model import GPT
-from gpt.norms.registry import name_of, norms_of
+from gpt.norms.base import changes, norms_of
+from gpt.norms.registry import name_of
 from gpt.training.checkpoint import load_model, newest
 
 
@@ -51,7 +52,7 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     for site, norm in swapped.items():
         ends, starts = dict(modules[site].named_parameters()), modules[site].started
         same = {name: name for name, _ in norm.named_parameters()}
-        for own, other in (same | getattr(norm, "takes_over", {})).items():
+        for own, other in {**same, **norm.takes_over}.items():
             if other in ends and ends[other].shape == norm.started[own].shape:
                 kept[f"{site}.{own}"] = ends[other] + (norm.started[own] - starts[other])
     model.load_state_dict(kept, strict=False)
@@ -60,7 +61,7 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     line = f"starting from {source}: {len(old.keys() & kept.keys())} tensors of it"
     line += f", new {', '.join(added)}" * bool(added)
     line += f", without its {', '.join(left)}" * bool(left)
-    again = {name_of(n) for n in norms_of(model) if hasattr(n, "begin_step")}
+    again = {name_of(n) for n in norms_of(model) if changes(n)}
     return line + f"; what {', '.join(sorted(again))} changes by step begins again" * bool(again)
 
 
