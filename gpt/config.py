@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +23,7 @@ from yaml import YAMLError
 
 from gpt.common.errors import ConfigError, DataError, nearest
 from gpt.common.files import write_atomically
+from gpt.common.places import CONFIGS
 from gpt.formula import calculate
 
 ATTN_SLOTS = ("in", "q", "k", "v", "mid", "out", "after")
@@ -49,11 +52,11 @@ def check_positive(prefix: str, values: dict[str, int]) -> None:
 
 @dataclass
 class ModelConfig:
-    n_layer: int = MISSING
-    n_head: int = MISSING
-    n_embd: int = MISSING
-    block_size: int = MISSING
-    dropout: float = MISSING
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    block_size: int = 128
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive("model", {k: v for k, v in asdict(self).items() if k != "dropout"})
@@ -131,14 +134,14 @@ class PlacementConfig:
 
 @dataclass
 class TrainConfig:
-    batch_size: int = MISSING
-    grad_accum: int = MISSING
-    steps: int = MISSING
-    eval_every: int = MISSING
-    eval_tokens: int = MISSING
-    stats_every: int = MISSING
-    checkpoint_every: int = MISSING
-    keep_checkpoints: int = MISSING
+    batch_size: int = 16
+    grad_accum: int = 1
+    steps: int = 750
+    eval_every: int = 125
+    eval_tokens: int = 65536
+    stats_every: int = 50
+    checkpoint_every: int = 125
+    keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         check_positive("train", {k: v for k, v in asdict(self).items() if k != "stats_every"})
@@ -147,13 +150,13 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float = MISSING
-    min_lr: float = MISSING
-    warmup_steps: int = MISSING
-    weight_decay: float = MISSING
-    beta1: float = MISSING
-    beta2: float = MISSING
-    grad_clip: float = MISSING
+    lr: float = 3e-3
+    min_lr: float = 3e-4
+    warmup_steps: int = 40
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
         for key in ("lr", "min_lr", "weight_decay", "grad_clip"):
@@ -192,8 +195,8 @@ class DataConfig:
 
 @dataclass
 class WandbConfig:
-    mode: str = MISSING
-    project: str = MISSING
+    mode: str = "auto"
+    project: str = "gpt-norms"
 
     def __post_init__(self) -> None:
         check_choice("wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
@@ -282,6 +285,14 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="sample_schema", node=SampleConfig)
+
+
+def compose(*overrides: str) -> Config:
+    """The configuration of `python scripts/train.py OVERRIDES`."""
+    register_schemas()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg: Config = typed(hydra.compose("train", list(overrides)))
+    return cfg
 
 
 def typed(raw: Any) -> Any:

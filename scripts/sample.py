@@ -28,7 +28,7 @@ def main(raw: DictConfig) -> None:
     from gpt.norms.batch import batch_statistics, norms_with_batch_stats
     from gpt.norms.registry import load_module
     from gpt.sampling.fold import fold
-    from gpt.sampling.generate import generate
+    from gpt.sampling.generate import stream
     from gpt.training.checkpoint import load_model  # after the configuration is checked
 
     if cfg.norm_module:
@@ -51,7 +51,7 @@ def main(raw: DictConfig) -> None:
         )
     say(cfg.prompt, end="")
     with batch_statistics(model) if cfg.batch_stats else nullcontext():
-        for piece in generate(
+        for piece in stream(
             model,
             tokenizer,
             cfg.prompt,

@@ -10,7 +10,7 @@ import torch
 from gpt.common.errors import Diverged
 from gpt.data.tokenizer import load_tokenizer, make_tokenizer
 from gpt.norms.batch import batch_statistics
-from gpt.sampling.generate import generate
+from gpt.sampling.generate import generate, stream
 from gpt.training.checkpoint import load_model
 from gpt.training.trainer import train
 from tests.conftest import make_config
@@ -28,7 +28,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def sample(run_dir: Path, prompt: str = "the ", **options: float) -> str:
     model, tokenizer = load_model(run_dir), load_tokenizer(run_dir / "tokenizer.json")
-    return "".join(generate(model, tokenizer, prompt, **{"max_new_tokens": 40, **options}))
+    return generate(model, tokenizer, prompt, **{"max_new_tokens": 40, **options})
 
 
 def test_a_seed_gives_the_same_text_and_another_seed_another(run_dir: Path) -> None:
@@ -65,10 +65,10 @@ def test_text_is_yielded_piece_by_piece_and_characters_whole(run_dir: Path) -> N
         return logits, None
 
     model.forward = forced  # type: ignore[method-assign, assignment]
-    pieces = list(generate(model, tokenizer, "x", max_new_tokens=6))
+    pieces = list(stream(model, tokenizer, "x", max_new_tokens=6))
     assert pieces == ["a", "", "é", "", "", "€", ""]
     steps = iter("é".encode()[:1])
-    assert list(generate(model, tokenizer, "x", max_new_tokens=1)) == ["", "\ufffd"]
+    assert list(stream(model, tokenizer, "x", max_new_tokens=1)) == ["", "\ufffd"]
 
 
 def test_every_token_follows_from_the_last_block_size_before_it(run_dir: Path) -> None:
@@ -81,7 +81,7 @@ def test_every_token_follows_from_the_last_block_size_before_it(run_dir: Path) -
         return logits, None
 
     model.forward = next_in_order  # type: ignore[method-assign, assignment]
-    pieces = generate(model, make_tokenizer("bytes", []), "(", max_new_tokens=50, temperature=0)
+    pieces = stream(model, make_tokenizer("bytes", []), "(", max_new_tokens=50, temperature=0)
     assert "".join(pieces) == bytes(range(41, 91)).decode()
     assert contexts[-1] == list(range(90 - 32, 90))  # block_size is 32
 
@@ -96,7 +96,7 @@ def test_tokens_are_drawn_by_their_probabilities_at_a_temperature(run_dir: Path)
 
     model.forward = fixed  # type: ignore[method-assign, assignment]
     bytes_ = make_tokenizer("bytes", [])
-    pieces = generate(model, bytes_, "x", max_new_tokens=2000, temperature=0.5, top_k=2)
+    pieces = stream(model, bytes_, "x", max_new_tokens=2000, temperature=0.5, top_k=2)
     text = "".join(pieces)
     assert text.count("a") / 2000 == pytest.approx(0.25 / (0.25 + 0.09), abs=0.04)
     assert text.count("a") + text.count("b") == 2000
@@ -155,4 +155,4 @@ def test_a_model_that_has_diverged_writes_no_text(run_dir: Path, temperature: fl
     model, tokenizer = load_model(run_dir), load_tokenizer(run_dir / "tokenizer.json")
     model.wte.weight.data[3, 5] = torch.nan
     with pytest.raises(Diverged, match="its logits are not finite"):
-        next(generate(model, tokenizer, "the ", max_new_tokens=3, temperature=temperature))
+        next(stream(model, tokenizer, "the ", max_new_tokens=3, temperature=temperature))

@@ -125,8 +125,8 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, path: Path) -> None:
     write_atomically(path, json.dumps(content) + "\n")
 
 
-def load_tokenizer(path: Path) -> tiktoken.Encoding:
-    content = read_json(path)
+def load_tokenizer(path: Path | str) -> tiktoken.Encoding:
+    content = read_json(Path(path))
     try:
         if content["name"] == "gpt2":
             return gpt2()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gpt.common.errors import ConfigError
 from gpt.model import GPT, Block
 from gpt.norms.base import Norm, norms_of
 
@@ -32,6 +33,7 @@ MOMENTS = ("mean", "std", "rms", "absmax", "skew", "kurtosis", "outliers", "absm
 BINS = 32  # of a histogram from −8 to 8 root mean squares; what is beyond is in the outermost
 EDGES = [16 * i / BINS - 8 for i in range(BINS + 1)]
 GREEK = {"weight": "gamma", "bias": "beta"}  # what a norm's parameters are called in papers
+TORCH_NORMS = nn.LayerNorm | nn.RMSNorm  # over the last axis, as ours are
 Record = dict[tuple[str, ...], Tensor]  # ("sites", "h.0.attn.in", "before") → its moments
 
 
@@ -124,16 +126,18 @@ class Collector:
             output.register_hook(keep)
         return output
 
-    def site(self, name: str, norm: Norm) -> None:
+    def site(self, name: str, norm: nn.Module) -> None:
+        started = norm.started if isinstance(norm, Norm) else {}
         for parameter, value in norm.named_parameters():
             label, now = GREEK.get(parameter, parameter), value.detach().float()
             self.record["sites", name, f"{label}_norm"] = now.norm()
-            if parameter in norm.started:
-                off = now - norm.started[parameter].to(now)
+            if parameter in started:
+                off = now - started[parameter].to(now)
                 self.record["sites", name, f"{label}_drift"] = off.square().mean().sqrt()
 
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             # Before the running statistics have taken this batch in.
+            assert isinstance(norm, Norm)
             for key, value in norm.statistics(inputs[0].detach()).items():
                 self.record["sites", name, key] = value
 
@@ -141,13 +145,15 @@ class Collector:
             # A norm that adds the branch gives (y, stream).
             y, stream = output if isinstance(output, tuple) else (output, None)
             x = inputs[0] if stream is None else stream
-            self.record["sites", name, "before"] = moments(x, norm.rows)
+            rows = norm.rows if isinstance(norm, Norm) else None
+            self.record["sites", name, "before"] = moments(x, rows)
             self.record["sites", name, "after"] = moments(y)
             self.record["sites", name, "histogram"] = histogram(x)
             y = self.keep_gradient(("sites", name), y)
             return y if stream is None else (y, stream)
 
-        self.handles.append(norm.register_forward_pre_hook(before))
+        if isinstance(norm, Norm):
+            self.handles.append(norm.register_forward_pre_hook(before))
         self.after(norm, hook)
 
     def stream(self, name: str, module: nn.Module) -> None:
@@ -185,6 +191,16 @@ class Collector:
         self.after(q_from, keep)
         self.after(k_from, finish)
 
+    def depths(self, model: GPT) -> None:
+        """The stream, the sublayers' branches and attention by depth; and the logits."""
+        self.stream("embd", model.drop)
+        for i, block in enumerate(cast(Iterable[Block], model.h)):
+            self.stream(f"h.{i}", block)
+            for name, sublayer in (("attn", block.attn), ("mlp", block.mlp)):
+                self.branch(f"h.{i}.{name}", sublayer["out"])
+            self.heads(f"h.{i}.attn", block.attn["q"], block.attn["k"], block.attn.n_head)
+        self.logits(model)
+
     def logits(self, model: nn.Module) -> None:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
             log_z = output[0].detach().float().logsumexp(-1).mean()
@@ -194,27 +210,30 @@ class Collector:
 
 
 @contextmanager
-def collect(model: GPT, record: Record, grad_scale: float = 1.0) -> Iterator[None]:
-    """Inside, one forward and backward of `model` fills the record.
+def collect(
+    model: nn.Module, record: Record | None = None, grad_scale: float = 1.0
+) -> Iterator[Record]:
+    """Inside, one forward and backward of `model` fills the record, which `to_numbers` reads.
+
+    A model that is not a GPT of ours has its norms as sites, of `gpt.norms` or of torch, and no
+    other groups. ConfigError if it has none.
 
     grad_scale  what a gradient is multiplied with: grad_accum, where the loss was divided by it
     """
+    record = {} if record is None else record
     collector = Collector(record, grad_scale)
     norms = norms_of(model)
     for norm in norms:  # if it has the moments of its rows they are reused
         norm.keep_rows = True
-    for name, module in model.named_modules():
-        if isinstance(module, Norm):
-            collector.site(name, module)
-    collector.stream("embd", model.drop)
-    for i, block in enumerate(cast(Iterable[Block], model.h)):
-        collector.stream(f"h.{i}", block)
-        for name, sublayer in (("attn", block.attn), ("mlp", block.mlp)):
-            collector.branch(f"h.{i}.{name}", sublayer["out"])
-        collector.heads(f"h.{i}.attn", block.attn["q"], block.attn["k"], block.attn.n_head)
-    collector.logits(model)
+    sites = {name: m for name, m in model.named_modules() if isinstance(m, Norm | TORCH_NORMS)}
+    for name, module in sites.items():
+        collector.site(name, module)
+    if isinstance(model, GPT):
+        collector.depths(model)
+    elif not sites:
+        raise ConfigError(f"{type(model).__name__} has no norm of gpt.norms or of torch")
     try:
-        yield
+        yield record
     finally:
         for handle in collector.handles:
             handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
+from typing import Any
 
 import tiktoken
 import torch
@@ -14,13 +15,18 @@ from gpt.data.tokenizer import separator
 from gpt.model import GPT
 
 
+def generate(model: GPT, tokenizer: tiktoken.Encoding, prompt: str = "", **options: Any) -> str:
+    """The continuation of `prompt` as one text; for the options see `stream`."""
+    return "".join(stream(model, tokenizer, prompt, **options))
+
+
 @torch.no_grad()
-def generate(
+def stream(
     model: GPT,
     tokenizer: tiktoken.Encoding,
     prompt: str,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 1,

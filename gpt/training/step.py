@@ -78,7 +78,7 @@ def backward(
     accum = cfg.train.grad_accum
     losses: list[Tensor] = []
     for x, y in micro_batches:
-        watching: AbstractContextManager[None] = nullcontext()
+        watching: AbstractContextManager[object] = nullcontext()
         if collecting and not losses:
             watching = stats.collect(model, record, accum)
         with watching, gradients_stay(forward, len(losses) < accum - 1):

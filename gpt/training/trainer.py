@@ -129,7 +129,7 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
 def sample_text(run: Run, model: GPT) -> str:
     """What the model writes after a line's end."""
     options: Any = {"max_new_tokens": SAMPLE_TOKENS, "temperature": 0.6, "seed": run.cfg.seed}
-    return "".join(generate(model, run.data.tokenizer, "\n", **options))
+    return generate(model, run.data.tokenizer, "\n", **options)
 
 
 def finished(run_dir: Path, cfg: Config, data: Data, screen: Screen) -> dict[str, Any]:
