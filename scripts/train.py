@@ -42,7 +42,7 @@ def main(raw: DictConfig) -> None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     sweep = hydra_config.runtime.choices.get("sweep")
     if sweep and not sweeping:
-        raise ConfigError(f"sweep={sweep}: add -m to run its runs, or leave it out for one run")
+        raise ConfigError(f"sweep={sweep}: add -m to run it, or leave it out for one run")
     if sweeping:  # on a terminal the sweep's own table shows how far its runs are
         train(cfg, root=Path(hydra_config.sweep.dir), quiet=sys.stdout.isatty())
     else:

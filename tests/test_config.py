@@ -244,7 +244,7 @@ def test_paths_arrive_as_they_were_typed_quoted_or_not(path: str) -> None:
 def test_a_sweep_s_name_without_m_is_refused(tmp_path: Path) -> None:
     result = run_program("sweep=norms", cwd=tmp_path)
     assert result.returncode == 78
-    assert "add -m to run its cells" in result.stderr
+    assert "add -m to run it" in result.stderr
 
 
 def test_a_configuration_survives_its_file(tmp_path: Path) -> None:

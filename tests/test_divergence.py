@@ -15,6 +15,7 @@ from gpt.common.errors import Diverged
 from gpt.config import Config
 from gpt.data.batches import TrainBatches
 from gpt.data.tokens import prepare
+from gpt.norms.base import Norm
 from gpt.norms.batch import BatchNorm
 from gpt.norms.registry import NORMS
 from gpt.probes.verdict import Sight
@@ -103,8 +104,11 @@ def test_the_site_that_is_named_is_that_of_the_step_itself(
 def test_the_site_is_looked_for_with_the_dropout_of_the_step_itself(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Picky(torch.nn.Identity):
+    class Picky(Norm):
         axes = ()
+
+        def __init__(self, n_embd: int) -> None:
+            super().__init__()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             dropped = (x[0, 0, :5] == 0).tolist()
@@ -170,8 +174,11 @@ def test_a_weight_that_is_not_finite_is_named_and_a_large_one_is_not(
 def test_a_validation_loss_that_is_not_finite_has_its_site(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Brittle(torch.nn.Identity):
+    class Brittle(Norm):
         axes = ()
+
+        def __init__(self, n_embd: int) -> None:
+            super().__init__()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if self.training else x * math.nan

@@ -15,6 +15,7 @@ from torch import nn
 import gpt.norms  # noqa: F401
 from gpt.common.errors import ConfigError, MissingInput
 from gpt.norms import registry
+from gpt.norms.base import Norm
 from gpt.norms.batch import BatchNorm, batch_statistics
 from gpt.norms.dummy import DummyLayerNorm
 from gpt.norms.layer import LayerNorm, layer_norm
@@ -251,8 +252,10 @@ def test_partial_rms_norm_sees_the_first_features_only() -> None:
 def test_a_norm_registers_once_and_says_what_it_is() -> None:
     with pytest.raises(ValueError, match="registered twice"):
         register("layer")(LayerNorm)
+    with pytest.raises(ValueError, match="Identity is no subclass of"):
+        register("unheard_of")(nn.Identity)  # type: ignore[type-var]
     with pytest.raises(ValueError, match="does not declare axes"):
-        register("unheard_of")(nn.Identity)
+        register("unheard_of")(type("Silent", (Norm,), {}))
     assert "unheard_of" not in NORMS
 
 

@@ -199,7 +199,7 @@ def test_a_second_start_leaves_the_files_of_the_first_alone(corpus: Path, tmp_pa
 def test_a_sweep_in_several_processes_is_refused(tmp_path: Path) -> None:
     result = run_program("-m", "norm=layer,rms", cwd=tmp_path, WORLD_SIZE="2")
     assert result.returncode == 78
-    assert result.stderr.startswith("error: a sweep's cells run in one process each")
+    assert result.stderr.startswith("error: a sweep's runs have one process each")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(corpus: Path, tmp_path: Path) -> None:

@@ -88,24 +88,41 @@ def test_importing_the_trainer_imports_neither_datasets_nor_wandb_nor_matplotlib
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+PAGES = [
+    REPO / "README.md",
+    *sorted(REPO.glob("[a-z]*/README.md")),
+    *sorted(REPO.glob("gpt/*/README.md")),
+]
+
+
 def readme_commands() -> list[str]:
-    """Every line of the README's shell blocks that runs a script of ours."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    """Every line of the pages' shell blocks that runs a script of ours."""
+    text = "".join(page.read_text() for page in PAGES)
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line[line.index("python scripts/") :] for line in lines if "python scripts/" in line]
+    commands = [
+        line[line.index("python scripts/") :] for line in lines if "python scripts/" in line
+    ]
+    return list(dict.fromkeys(commands))
 
 
-def test_the_readme_has_no_gap() -> None:
-    text = (REPO / "README.md").read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_a_page_has_no_gap(page: Path) -> None:
+    text = page.read_text()
     assert not re.findall(r"\bTODO\b", text)
-    links = re.findall(r"\]\(([^)#:]+)\)", text)
-    assert ".github/study/README.md" in links
-    assert all((REPO / link).exists() for link in links)
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (REPO / "README.md").read_text())
+    missing = {str(page.relative_to(REPO)) for page in PAGES[1:]} - set(links)
+    assert not missing
 
 
 def test_the_study_s_numbers_are_those_of_its_tables() -> None:
     """Every mean ± half an interval on the page stands in a table that the report wrote."""
-    study = REPO / ".github" / "study"
+    study = REPO / "scripts" / "study"
     page = (study / "README.md").read_text()
     assert all((study / link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", page))
     number = re.compile(r"([+−-]?\d+\.\d+) ± (\d+\.\d+)")
@@ -125,7 +142,7 @@ def test_the_study_s_numbers_are_those_of_its_tables() -> None:
 @pytest.mark.parametrize("some", mostly_long(["*", "warmup"], "warmup"))
 def test_the_study_s_tables_follow_from_its_runs(some: str, tmp_path: Path) -> None:
     """What its runs left behind is in the archive; the report makes the same tables of it."""
-    study = REPO / ".github" / "study"
+    study = REPO / "scripts" / "study"
     subprocess.run(["tar", "-xf", study / "runs.tar.xz", "-C", tmp_path], check=True)
     questions = sorted(path.parent.name for path in study.glob("*/table.md"))
     assert questions == sorted(path.name for path in (tmp_path / "runs").iterdir())
@@ -140,10 +157,11 @@ def test_the_study_s_tables_follow_from_its_runs(some: str, tmp_path: Path) -> N
 def test_the_norm_that_the_readme_adds_passes_the_suite_and_trains(
     tmp_path: Path, corpus: Path
 ) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    page = (REPO / "gpt" / "norms" / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     own = tmp_path / "my_norms.py"
     own.write_text(blocks[0])
-    assert "pytest --norm-module=my_norms.py --norm length\n" in (REPO / "README.md").read_text()
+    assert "pytest --norm-module=my_norms.py --norm length\n" in page
     suite = run_pytest(f"--norm-module={own}", "--norm", "length")
     assert suite.returncode == 0, suite.stdout
     assert "passed" in suite.stdout
@@ -168,7 +186,8 @@ def visitor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = '{"text": "a document about norms, long enough to train on"}\n' * 40
     (folder / "docs.jsonl").write_text(rows)
     shutil.copytree(REPO / "scripts", folder / "scripts")
-    run(folder, ["python", "scripts/train.py", "norm=batch", "run_dir=runs/batch"])
+    for norm in ("batch", "layer"):
+        run(folder, ["python", "scripts/train.py", f"norm={norm}", f"run_dir=runs/{norm}"])
     sweep = ["-m", "sweep=norms", "norm=layer,rms", "hydra.sweep.dir=runs/norms"]
     run(folder, ["python", "scripts/train.py", *sweep])
     return folder

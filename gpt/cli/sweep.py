@@ -50,7 +50,7 @@ def refuse_sweep(argv: list[str]) -> None:
     """ConfigError where the command says what only a single run can have."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
-            "a sweep's runs run in one process each: start without torchrun, or unset WORLD_SIZE"
+            "a sweep's runs have one process each: start without torchrun, or unset WORLD_SIZE"
         )
     for arg in argv:
         if arg.startswith("run_dir="):

@@ -1,4 +1,4 @@
-"""What a BatchNorm model makes of one sample: python .github/study/one_sample.py runs/norms
+"""What a BatchNorm model makes of one sample: python scripts/study/one_sample.py runs/norms
 
 The loss of the token after a context of T tokens, given alone, by running statistics and by the
 context's own, of every BatchNorm model below the folder at its best learning rate.

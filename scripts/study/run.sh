@@ -26,7 +26,7 @@ for question in norms depth others longer; do
     python scripts/report.py runs/$question
 done
 python scripts/report.py runs/warmup baseline=optim.warmup_steps=40
-python .github/study/one_sample.py runs/norms
+python scripts/study/one_sample.py runs/norms
 
 # What the report reads of all these runs but their statistics: a small archive to keep.
 packed=$(mktemp -d)
@@ -35,4 +35,4 @@ for run in runs/norms/*/ runs/depth/*/ runs/others/*/ runs/warmup/*/ runs/longer
     cp "$run/config.yaml" "$run/summary.json" "$run/DONE" "$packed/$run"
     grep val_loss "$run/metrics.jsonl" > "$packed/$run/metrics.jsonl"
 done
-tar -cJf .github/study/runs.tar.xz -C "$packed" runs
+tar -cJf scripts/study/runs.tar.xz -C "$packed" runs
