@@ -24,8 +24,8 @@ from gpt.placement import build_model
 from gpt.sampling.fold import Affine, fold
 from gpt.training.checkpoint import load_model
 from gpt.training.trainer import train
-from tests.conftest import make_config, mostly_long, read_rows
-from tests.programs import run_program
+from tests.tools.configs import make_config, mostly_long, read_rows
+from tests.tools.programs import run_program
 
 BATCH_NORMS = ["batch", "batch_ema", "rbn", "power", "repbn", "prepbn"]
 

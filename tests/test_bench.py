@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.conftest import overrides
-from tests.programs import run_program
+from tests.tools.configs import overrides
+from tests.tools.programs import run_program
 
 NANOGPT = """
 from dataclasses import dataclass

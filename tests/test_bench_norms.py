@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.programs import REPO, run_program
+from tests.tools.programs import REPO, run_program
 
 
 @pytest.fixture(scope="module")

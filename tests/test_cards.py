@@ -6,8 +6,8 @@ import pytest
 
 from gpt.norms.registry import NORMS
 from gpt.probes import cards
-from tests.conftest import BUILDABLE
-from tests.programs import run_program
+from tests.tools.configs import BUILDABLE
+from tests.tools.programs import run_program
 
 
 def lines(name: str) -> list[str]:

@@ -19,8 +19,8 @@ from gpt.reports.cells import (
     tuned,
 )
 from gpt.reports.runs import load_summaries, unsaid
-from tests.made_runs import summary
-from tests.programs import run_program
+from tests.tools.made_runs import summary
+from tests.tools.programs import run_program
 
 
 def test_the_interval_is_student_s() -> None:

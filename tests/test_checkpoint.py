@@ -14,12 +14,12 @@ from gpt.common.errors import ConfigError, DataError, MissingInput
 from gpt.config import Config
 from gpt.training.checkpoint import checkpoints, load_model
 from gpt.training.trainer import train
-from tests.conftest import curve
+from tests.tools.configs import curve
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    from tests.conftest import make_config
+    from tests.tools.configs import make_config
 
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     train(make_config("data=text", f"data.path={corpus}", f"run_dir={run_dir}", "norm=batch"))

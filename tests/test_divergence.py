@@ -23,8 +23,8 @@ from gpt.training.checkpoint import TrainState
 from gpt.training.screen import Screen
 from gpt.training.step import Row, first_not_finite, read, update, where_not_finite
 from gpt.training.trainer import Run, set_up, train
-from tests.conftest import read_rows
-from tests.programs import run_program
+from tests.tools.configs import read_rows
+from tests.tools.programs import run_program
 
 
 def test_steps_after_the_first_that_is_not_finite_are_not_told() -> None:

@@ -24,7 +24,7 @@ from gpt.norms.prepbn import ProgressiveRepBatchNorm
 from gpt.norms.rbn import RegularisedBatchNorm
 from gpt.norms.registry import build_norm, sizes
 from gpt.training.optimizer import lr_at, make_optimizer
-from tests.programs import REPO
+from tests.tools.programs import REPO
 
 
 def test_importing_gpt_costs_no_torch_and_every_name_is_there() -> None:

@@ -13,8 +13,8 @@ from gpt.norms.batch import batch_statistics
 from gpt.sampling.generate import generate, stream
 from gpt.training.checkpoint import load_model
 from gpt.training.trainer import train
-from tests.conftest import make_config
-from tests.programs import run_program
+from tests.tools.configs import make_config
+from tests.tools.programs import run_program
 
 
 @pytest.fixture(scope="module", params=["layer", "batch"])

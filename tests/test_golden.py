@@ -22,8 +22,8 @@ from gpt.config import Config
 from gpt.model import GPT
 from gpt.placement import build_model
 from gpt.training import trainer
-from tests.conftest import BUILDABLE, mostly_long, read_rows
-from tests.programs import REPO
+from tests.tools.configs import BUILDABLE, mostly_long, read_rows
+from tests.tools.programs import REPO
 
 GOLDEN = REPO / "tests" / "golden"
 Losses = dict[str, list[float]]

@@ -15,9 +15,9 @@ from gpt.common.errors import ConfigError, DataError, MissingInput
 from gpt.config import DataConfig
 from gpt.data.corpus import open_corpus
 from gpt.data.tokens import prepare
-from tests.conftest import make_config, mostly_long, overrides
-from tests.hub_server import hub_server
-from tests.programs import run_program
+from tests.tools.configs import make_config, mostly_long, overrides
+from tests.tools.hub_server import hub_server
+from tests.tools.programs import run_program
 
 
 def jsonl(path: Path, n: int = 40) -> Path:

@@ -22,8 +22,8 @@ from gpt.norms.cuda_layer import CudaLayerNorm
 from gpt.placement import build_model
 from gpt.probes import stats
 from gpt.training.trainer import train
-from tests.conftest import make_config, read_rows
-from tests.test_kernels import BF16, F32
+from tests.tools.configs import make_config, read_rows
+from tests.tools.kernels import BF16, F32
 
 
 def test_torch_accepts_the_ops(kernels_on_host: None) -> None:

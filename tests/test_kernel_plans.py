@@ -14,8 +14,8 @@ import torch
 
 from gpt.kernels import nvrtc
 from gpt.kernels.layer_norm import BACKWARD, LONGEST, SOURCE, Kind, Plan
-from tests.conftest import mostly_long
-from tests.test_kernels import DTYPES
+from tests.tools.configs import mostly_long
+from tests.tools.kernels import DTYPES
 
 SIZES = [1, 7, 768, 769, 1024, 1280, 1600, 4096, 8192, 50_000]
 ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100"]

@@ -13,51 +13,16 @@ from torch import Tensor
 
 from gpt.kernels import layer_norm
 from gpt.kernels.layer_norm import SOURCE, Launch, Plan, backward_cuda, forward_cuda
-from tests import ptx
-from tests.conftest import mostly_long
-
-F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-# x, branch, y, weights: fp32; all bf16; all fp16; under autocast a norm before a sublayer, after
-# it, and inside it; mixed at will
-DTYPES = [
-    (F32, F32, F32, F32),
-    (BF16, BF16, BF16, BF16),
-    (FP16, FP16, FP16, FP16),
-    (F32, BF16, BF16, F32),
-    (F32, BF16, F32, F32),
-    (BF16, BF16, BF16, F32),
-    (BF16, FP16, F32, BF16),
-]
-
-
-def ulps(value: Tensor, exact: Tensor) -> float:
-    """The largest distance of `value` from the float64 `exact` in units of its dtype's spacing."""
-    spacing = torch.finfo(value.dtype).eps * 2.0 ** exact.abs().clamp_min(1e-3).log2().floor()
-    return ((value.double() - exact).abs() / spacing).max().item()
-
-
-def close(value: Tensor, exact: Tensor) -> bool:
-    """fp32 within 2e-6·max(1, |y|), the others within 1 ulp of the exact result."""
-    if value.dtype == F32:
-        return bool(((value.double() - exact).abs() <= 2e-6 * exact.abs().clamp_min(1)).all())
-    return ulps(value, exact) <= 1
-
+from tests.tools import ptx
+from tests.tools.configs import mostly_long
+from tests.tools.kernels import BF16, DTYPES, F32, FP16, close
 
 SHAPES = [(70, 1), (1, 7), (70, 33), (23, 768), (17, 769), (9, 1600)]
 KINDS = [*((d, True) for d in DTYPES), (DTYPES[0], False), (DTYPES[1], False)]
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtypes", "branch"),
-    mostly_long(
-        [(shape, *kind) for shape, kind in product(SHAPES, KINDS)],
-        *((shape, *KINDS[i]) for i, shape in enumerate(SHAPES)),
-        *((SHAPES[2], *kind) for kind in KINDS),
-    ),
-)
-def test_the_arithmetic_equals_float64(
-    kernels_on_host: None, shape: tuple[int, int], branch: bool, dtypes: tuple[torch.dtype, ...]
-) -> None:
+def check_arithmetic(shape: tuple[int, int], branch: bool, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Forward and backward, against float64."""
     torch.manual_seed(0)
     C = shape[1]
     X, B, Y, W = dtypes
@@ -88,11 +53,25 @@ def test_the_arithmetic_equals_float64(
         assert (value.double() - exactly).abs().max() <= torch.finfo(value.dtype).eps * 8 * scale
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtypes", "branch"),
+    mostly_long(
+        [(shape, *kind) for shape, kind in product(SHAPES, KINDS)],
+        *((shape, *KINDS[i]) for i, shape in enumerate(SHAPES)),
+        *((SHAPES[2], *kind) for kind in KINDS),
+    ),
+)
+def test_the_arithmetic_equals_float64(
+    kernels_on_host: None, shape: tuple[int, int], branch: bool, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    check_arithmetic(shape, branch, dtypes)
+
+
 def test_architectures_without_instructions_for_bf16_compute_the_same(
     kernels_on_host: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_norm, "queue", partial(ptx.queue, arch="compute_75"))
-    test_the_arithmetic_equals_float64(kernels_on_host, (23, 768), True, DTYPES[1])
+    check_arithmetic((23, 768), True, DTYPES[1])
 
 
 @pytest.mark.parametrize(
@@ -102,7 +81,7 @@ def test_architectures_without_instructions_for_bf16_compute_the_same(
 def test_rows_past_a_warp_and_past_the_registers_are_right(
     kernels_on_host: None, C: int, branch: bool
 ) -> None:
-    test_the_arithmetic_equals_float64(kernels_on_host, (5, C), branch, dtypes=DTYPES[3])
+    check_arithmetic((5, C), branch, dtypes=DTYPES[3])
 
 
 @pytest.mark.parametrize("offset", [1e3, 1e5])
@@ -315,7 +294,7 @@ def test_an_error_in_the_kernel_is_seen(
     assert SOURCE.count(old) == 1
     monkeypatch.setattr(layer_norm, "SOURCE", SOURCE.replace(old, new))
     with pytest.raises(ptx.Fault if how else AssertionError, match=how or None):
-        test_the_arithmetic_equals_float64(kernels_on_host, (23, C), True, DTYPES[3])
+        check_arithmetic((23, C), True, DTYPES[3])
 
 
 @pytest.mark.parametrize("unknown", ["sqrtf(variance + eps)", "__fmul_rz(variance, eps)"])
@@ -325,6 +304,6 @@ def test_an_instruction_that_the_interpreter_does_not_know_is_refused(
     source = SOURCE.replace("rsqrtf(variance + eps)", unknown)
     monkeypatch.setattr(layer_norm, "SOURCE", source)
     with pytest.raises(ValueError, match=r"unknown to this interpreter: (sqrt.rn|mul.rz)"):
-        test_the_arithmetic_equals_float64(kernels_on_host, (1, 7), True, DTYPES[0])
+        check_arithmetic((1, 7), True, DTYPES[0])
     with pytest.raises(ValueError, match=r"unknown to this interpreter: \.local"):
         ptx.parse("f()\n.maxntid 32, 1, 1\n{\n.local .align 4 .b8 spilled[8];\n}")

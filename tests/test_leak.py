@@ -21,8 +21,8 @@ from gpt.placement import build_model
 from gpt.probes.leak import probe
 from gpt.probes.verdict import FUTURE, NEIGHBOURS, UNKNOWN, Sight
 from gpt.training.trainer import train
-from tests.conftest import make_config, mostly_long, read_rows
-from tests.programs import run_program, run_pytest
+from tests.tools.configs import make_config, mostly_long, read_rows
+from tests.tools.programs import run_program, run_pytest
 
 
 def sight(*overrides: str, steps: int = 200, dtype: str = "float32") -> Sight:

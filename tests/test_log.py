@@ -17,9 +17,9 @@ import pytest
 
 from gpt.config import Config
 from gpt.training.log import RunLog, Wandb, read_jsonl, to_json, write_atomically
-from tests.conftest import curve, mostly_long, overrides
-from tests.programs import REPO, run_program, start
-from tests.wandb_server import Run, wandb_server
+from tests.tools.configs import curve, mostly_long, overrides
+from tests.tools.programs import REPO, run_program, start
+from tests.tools.wandb_server import Run, wandb_server
 
 
 def test_rows_after_the_checkpoint_are_dropped_on_resume(

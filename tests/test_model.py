@@ -15,7 +15,7 @@ from gpt.config import ModelConfig
 from gpt.model import GPT, Block, BlockPlan, Sublayer
 from gpt.norms.base import norms_of
 from gpt.placement import build_model
-from tests.conftest import make_config, mostly_long
+from tests.tools.configs import make_config, mostly_long
 
 VOCAB = 61
 NORMS = ["layer", "rms", "dummy", "batch"]
@@ -251,7 +251,7 @@ def make_preset(name: str) -> ModelConfig:
     from hydra import compose, initialize_config_dir
 
     from gpt.config import typed
-    from tests.programs import REPO
+    from tests.tools.programs import REPO
 
     with initialize_config_dir(str(REPO / "configs"), version_base="1.3"):
         return typed(compose("train", [f"model={name}"])).model

@@ -21,8 +21,8 @@ from gpt.norms.dummy import DummyLayerNorm
 from gpt.norms.layer import LayerNorm, layer_norm
 from gpt.norms.registry import NORMS, build_norm, register
 from gpt.norms.rms import RMSNorm
-from tests.conftest import BUILDABLE
-from tests.test_conformance import make, pure, randn, trained
+from tests.tools.configs import BUILDABLE
+from tests.tools.conformance import make, pure, randn, trained
 
 ROWS_ABC = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]])  # (B=1, T=3, C=3)
 Z = math.sqrt(1.5)  # (3 − 2)/√(2/3), and (9 − 6·1)/√6

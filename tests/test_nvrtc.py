@@ -19,7 +19,7 @@ import pytest
 
 from gpt.common.errors import MissingInput
 from gpt.kernels import nvrtc
-from tests.programs import REPO
+from tests.tools.programs import REPO
 
 SCALE = 'extern "C" __global__ void scale(float* y, float* x, long long n, float by) {}'
 
@@ -113,7 +113,7 @@ def test_the_driver_is_given_the_kernel_and_its_arguments(tmp_path: Path) -> Non
     pytest.importorskip("cuda.bindings")
     if sys.platform != "linux" or shutil.which("cc") is None:
         pytest.skip("no Linux, or no C compiler to build the driver's stand-in with")
-    source = Path(__file__).parent / "cuda_driver.c"
+    source = Path(__file__).parent / "tools" / "cuda_driver.c"
     library = str(tmp_path / "libcuda.so.1")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, str(source)], check=True)
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}

@@ -13,7 +13,7 @@ from gpt.config import OptimConfig
 from gpt.norms.base import Norm
 from gpt.placement import build_model
 from gpt.training.optimizer import lr_at, make_optimizer
-from tests.conftest import make_config
+from tests.tools.configs import make_config
 
 CFG = OptimConfig(
     lr=1.0, min_lr=0.1, warmup_steps=10, weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=1.0

@@ -18,9 +18,9 @@ from gpt.reports.cells import (
     make_cells,
 )
 from gpt.reports.runs import load_summaries
-from tests.conftest import TINY
-from tests.made_runs import summary
-from tests.programs import run_program
+from tests.tools.configs import TINY
+from tests.tools.made_runs import summary
+from tests.tools.programs import run_program
 
 
 def test_the_words_say_what_is_chance_what_is_leaky_and_what_diverged(folder: Path) -> None:

@@ -14,8 +14,8 @@ from gpt.formula import calculate
 from gpt.model import GPT, Block, add_norm
 from gpt.norms.base import norms_of
 from gpt.placement import build_model
-from tests.conftest import make_config
-from tests.programs import REPO
+from tests.tools.configs import make_config
+from tests.tools.programs import REPO
 
 PLACEMENTS = sorted(p.stem for p in (REPO / "configs/placement").glob("*.yaml"))
 L = 4

@@ -19,8 +19,8 @@ from gpt.reports.cells import (
     tuned,
 )
 from gpt.reports.runs import load_summaries, print_table
-from tests.made_runs import summary
-from tests.programs import run_program
+from tests.tools.made_runs import summary
+from tests.tools.programs import run_program
 
 
 def test_a_rate_at_which_runs_diverged_is_marked_as_such(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from gpt.common.device import resolve_device
 from gpt.common.errors import ConfigError
 from gpt.common.processes import processes
 from gpt.training.run_dir import locked
-from tests.conftest import mostly_long, overrides, read_rows
-from tests.programs import REPO, Process, run_program, run_ranks
+from tests.tools.configs import mostly_long, overrides, read_rows
+from tests.tools.programs import REPO, Process, run_program, run_ranks
 
 
 def torchrun(*args: str) -> Process:

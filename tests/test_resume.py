@@ -25,8 +25,8 @@ from gpt.config import Config
 from gpt.training import checkpoint, step, trainer
 from gpt.training.run_dir import locked
 from gpt.training.trainer import train
-from tests.conftest import curve, mostly_long, overrides, read_rows
-from tests.programs import REPO, Process, run_program, start
+from tests.tools.configs import curve, mostly_long, overrides, read_rows
+from tests.tools.programs import REPO, Process, run_program, start
 
 STEPS = 60
 
@@ -86,7 +86,7 @@ def test_a_resume_that_loses_any_state_gives_another_curve(
     lost: str, corpus: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: what is compared above does depend on what is restored."""
-    from tests.conftest import make_config
+    from tests.tools.configs import make_config
 
     run_dir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     rewind(run_dir)
@@ -114,7 +114,7 @@ def test_a_resume_that_loses_any_state_gives_another_curve(
 def test_the_same_rewound_run_with_nothing_lost_gives_the_same_curve(
     corpus: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    from tests.conftest import make_config
+    from tests.tools.configs import make_config
 
     run_dir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     rewind(run_dir)

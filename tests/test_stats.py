@@ -30,7 +30,7 @@ from gpt.probes.stats import (
 from gpt.training import trainer
 from gpt.training.step import update
 from gpt.training.trainer import train
-from tests.conftest import curve, make_config, read_rows
+from tests.tools.configs import curve, make_config, read_rows
 
 
 def named(x: torch.Tensor) -> dict[str, float]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import mostly_long, overrides
-from tests.programs import REPO, Process, run_program, run_pytest
+from tests.tools.configs import mostly_long, overrides
+from tests.tools.programs import REPO, Process, run_program, run_pytest
 
 # Each room may import from itself and from the rooms below it, and none from one beside it.
 ROOMS = [

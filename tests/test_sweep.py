@@ -19,8 +19,8 @@ from gpt.cli.errors import explain
 from gpt.cli.sweep import count_runs, progress_table, sweep_dir
 from gpt.probes.verdict import FUTURE, UNKNOWN
 from gpt.reports.runs import load_summaries, print_table
-from tests.conftest import TINY, mostly_long
-from tests.programs import Process, run_program, start
+from tests.tools.configs import TINY, mostly_long
+from tests.tools.programs import Process, run_program, start
 
 
 def cells(folder: Path) -> list[dict]:

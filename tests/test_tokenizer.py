@@ -24,7 +24,7 @@ from gpt.data.tokenizer import (
     train_bpe,
     train_library_bpe,
 )
-from tests.programs import run_program
+from tests.tools.programs import run_program
 
 TEXT = ["The norm's mean and variance, 123 times: Ünïcödé — and  white   space.\n\n" * 50] * 3
 

@@ -18,8 +18,8 @@ from gpt.data import tokens
 from gpt.data.batches import TrainBatches, ValBatches
 from gpt.data.corpus import CHUNK, Corpus, open_corpus
 from gpt.data.tokens import open_tokens, prepare
-from tests.conftest import make_config
-from tests.programs import run_program
+from tests.tools.configs import make_config
+from tests.tools.programs import run_program
 
 
 def split_of(corpus: Corpus) -> dict[str, str]:

@@ -28,7 +28,7 @@ from gpt.training.evaluation import evaluate
 from gpt.training.optimizer import make_optimizer
 from gpt.training.step import Row, update
 from gpt.training.trainer import train
-from tests.conftest import curve, make_config, mostly_long, read_rows
+from tests.tools.configs import curve, make_config, mostly_long, read_rows
 
 
 def test_runs_that_differ_in_the_norm_see_the_same_batches_and_start_alike(

@@ -12,8 +12,8 @@ from gpt.norms.base import norms_of
 from gpt.sampling.generate import generate
 from gpt.training.checkpoint import checkpoints, load_model
 from gpt.training.trainer import train
-from tests.conftest import make_config, overrides, read_rows
-from tests.programs import run_program
+from tests.tools.configs import make_config, overrides, read_rows
+from tests.tools.programs import run_program
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
 from gpt.kernels import layer_norm as kernels
 from gpt.kernels.layer_norm import add_layer_norm, layer_norm, warmup
 from gpt.placement import build_model
-from tests.conftest import make_config
-from tests.test_kernels import BF16, DTYPES, F32, close
+from tests.tools.configs import make_config
+from tests.tools.kernels import BF16, DTYPES, F32, close
 
 # A hint of torch's about the device is no failure.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 from gpt.config import Config
 from gpt.training.trainer import train
-from tests.conftest import curve, read_rows
+from tests.tools.configs import curve, read_rows
 
 # A hint of torch's about the device is no failure.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 
 
 class Process:
@@ -69,7 +69,7 @@ def ask(*pid_and_flags: int, **program: Any) -> Any:
 @cache
 def zygote() -> subprocess.Popen[str]:
     """It ends with the process that started it."""
-    command = [sys.executable, str(REPO / "tests" / "zygote.py")]
+    command = [sys.executable, str(REPO / "tests" / "tools" / "zygote.py")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)

@@ -16,6 +16,7 @@ import runpy
 import signal
 import sys
 import threading
+from pathlib import Path
 
 SAMPLE_TOKENS = 20  # of the text at a run's end; 200 take longer than a tiny training
 
@@ -57,7 +58,7 @@ def wait(pid: int, flags: int) -> int | None:
 
 
 def serve() -> None:
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import hydra.main  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import plotly.graph_objects  # noqa: F401

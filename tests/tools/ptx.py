@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gpt.kernels import layer_norm, nvrtc
 from gpt.kernels.layer_norm import Launch, Plan
-from tests.ptx_memory import Fault, Memory
+from tests.tools.ptx_memory import Fault, Memory
 
 LANES = 1 << 15  # how many run at once, in whole blocks
 WAITS, DONE = 1 << 20, 1 << 30  # added to the next instruction of a lane
