@@ -7,6 +7,8 @@ to rounding and to dropout, where there is any.
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +61,7 @@ def processes(device: str) -> Iterator[None]:
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_cuda else "gloo")
+    signal.signal(signal.SIGTERM, leave_unless_failing)
     try:
         yield
     except BaseException as error:
@@ -73,6 +76,12 @@ def processes(device: str) -> Iterator[None]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def leave_unless_failing(number: int, _: object) -> None:
+    """torchrun ends all processes once one is gone; what the others know of it is told first."""
+    if sys.exc_info()[0] is None:
+        raise SystemExit(128 + number)
 
 
 def share(rows: np.ndarray) -> np.ndarray:
