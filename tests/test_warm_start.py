@@ -171,7 +171,7 @@ def test_norms_are_taken_away_by_a_schedule(source: Path, corpus: Path, tmp_path
         (["model.n_layer=3", "model.n_head=1"], "has model.n_layer=2 model.n_head=2; say so here"),
         (["placement=post"], "it has placement.name=pre; say so here too"),
         (["placement.attn.q=true"], "it has placement.attn.q=False; say so here too"),
-        (["tokenizer=bpe"], "its tokens are others"),
+        (["tokenizer=bpe"], "it uses a different tokenizer"),
         (["init.swap_norm=rmz"], "init.swap_norm=rmz: expected anneal |"),
         (
             ["init.swap_norm=mine", "norm.module=own.py"],

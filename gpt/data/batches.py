@@ -41,7 +41,7 @@ class TrainBatches:
     def at(self, step: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """The grad_accum micro-batches of `step`: inputs and targets, each (B, T).
 
-        Of several processes each gets its share of every micro-batch.
+        Each process gets an equal share of every micro-batch.
         """
         rng = np.random.default_rng([stream_seed(self.seed, "data"), step])
         starts = rng.integers(

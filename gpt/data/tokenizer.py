@@ -107,8 +107,8 @@ def separator(tokenizer: tiktoken.Encoding) -> list[int]:
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> list[int]:
-    """The number of bytes of text that each token stands for: <|endoftext|> for two, the empty line
-    that other tokenizers have in its place, so that bits a byte compare."""
+    """The number of bytes of text that each token stands for. <|endoftext|> counts as 2 bytes, the
+    length of the others' "\n\n" separator, so that bits a byte compare."""
     special = {tokenizer.encode_single_token(t) for t in tokenizer.special_tokens_set}
     return [
         2 if token in special else len(tokenizer.decode_single_token_bytes(token))

@@ -26,7 +26,7 @@ def example(name: str, width: int, block_size: int = SHAPE[1]) -> Any:
 
 
 def home(name: str) -> str:
-    """The device of its example: only our kernel has no other than CUDA."""
+    """The device of its example: CUDA for `cuda_layer`, otherwise the CPU."""
     return "cuda" if name == "cuda_layer" else "cpu"
 
 
@@ -39,8 +39,8 @@ def parameters(name: str) -> str:
 
 
 def bytes_moved(name: str) -> int:
-    """The least that forward reads and writes an element of fp32: statistics over more than one
-    token do not fit where a token's row does, so that x is read twice."""
+    """Minimum bytes moved per element in forward, fp32. Statistics over several tokens do not fit
+    where a token's row does, so that x is read twice."""
     return 12 if {"B", "T"} & set(norm_class(name).axes) else 8
 
 

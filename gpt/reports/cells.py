@@ -210,7 +210,7 @@ def curve_limits(cells: list[Cell]) -> tuple[float, float]:
 
 
 def bound(cells: list[Cell]) -> float:
-    """Beyond it a loss is out of bounds: twice what most runs begin with."""
+    """Plot limit: twice the median initial loss. A loss above it is out of bounds."""
     curves = [curve(run["run_dir"], cell.unit)[1] for cell in cells for run in cell.runs]
     firsts = [losses[0] for losses in curves if losses]
     return 2 * median(firsts) if firsts else math.inf

@@ -102,7 +102,7 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def unsaid(summaries: list[dict[str, Any]]) -> str:
-    """A sentence: which keys have their usual value where a label does not name them. Or empty."""
+    """A sentence that gives the values that labels omit; "" if labels omit nothing."""
     plain = usual(variety([read_config(s["run_dir"]) for s in summaries]))
     said = [f"{key}={plain[key, name]}" + f" ({name})" * bool(name) for key, name in plain]
     return f"Where a name does not say otherwise: {', '.join(said)}." if said else ""
@@ -129,8 +129,8 @@ def variety(configs: list[dict[str, Any]]) -> dict[tuple[str, str], Counter[str]
 
 
 def usual(values: dict[tuple[str, str], Counter[str]]) -> dict[tuple[str, str], str]:
-    """The value that more than half of the runs have, where none has none; but of the learning
-    rate, for each cell has its best one."""
+    """The value that more than half of the runs have, if every run has the key. `optim.lr` is
+    excluded because each cell uses its own best."""
     found = {}
     for (key, name), counts in values.items():
         value, n = counts.most_common(1)[0]

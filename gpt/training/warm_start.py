@@ -42,7 +42,7 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
             raise ConfigError(f"init.from={source}: it has {theirs}; say so here too{hint}")
     if fingerprint(load_tokenizer(source / "tokenizer.json")) != tokens:
         raise ConfigError(
-            f"init.from={source}: its tokens are others; use the same data and tokenizer"
+            f"init.from={source}: it uses a different tokenizer; use the same data and tokenizer"
         )
     old, new = trained.state_dict(), model.state_dict()
     modules = dict(trained.named_modules())
