@@ -61,8 +61,12 @@ def add_norm(
 class Sublayer(nn.ModuleDict, ABC):
     """y = after(α·x + out(f(s·in(x)))), f being attention or the MLP: the placement equation.
 
-    Where `after` is empty the stream is passed on as two summands, (x, branch), so that the norm
-    that reads it next can add and normalise in one pass, see `add_norm`.
+        x_in = self["in"](x)
+        branch = self["out"](self.f(s * x_in))
+        x = self["after"](alpha * x + branch)
+
+    `forward` equals these three lines. If `after` is empty it passes the stream on as two summands,
+    (x, branch), so that the next norm can add and normalise in one pass, see `add_norm`.
     """
 
     # Where a norm can stand, some of them inside f: its width in units of C.

@@ -72,11 +72,13 @@ def test_the_program_lists_all_norms_and_compares_two() -> None:
     result = run_program(script="norms")
     assert result.returncode == 0, result.stderr
     assert all(f" {name} " in result.stdout for name in BUILDABLE)
+    assert result.stderr == ""  # its norms are in a step
     both = run_program("--compare", "layer", "batch", script="norms").stdout
     assert "layer: LayerNorm" in both
     assert "│  batch: BatchNorm" in both
     assert "token 1   · · · ·     · · · ·  " in both  # what is drawn stands side by side
     assert "-0.000" not in both
+    assert run_program("prepbn", script="norms").stderr == ""
     wrong = run_program("batc", script="norms")
     assert wrong.returncode == 78
     assert "did you mean 'batch'" in wrong.stderr

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gpt.common.errors import ConfigError, MissingInput, nearest
 from gpt.config import check_choice
-from gpt.norms.base import Norm
+from gpt.norms.base import Norm, norm_step
 
 NORMS: dict[str, type[Norm]] = {}
 N = TypeVar("N", bound=Norm)
@@ -115,26 +115,7 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
         own = [n for n, cls in NORMS.items() if cls.__module__ == USER + Path(module).stem]
         raise ConfigError(f"norm={name}: {module} registers {', '.join(own) or 'no norm'}")
     cls = norm_class(name)
-    parameters = inspect.signature(cls, eval_str=True).parameters
-    known = {k: p for k, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    for key, value in options.items():
-        where = f"norm.{key}={value}"
-        if key not in known:
-            raise ConfigError(
-                f"{where}: norm {name!r} takes {', '.join(known) or 'no options'}"
-                + nearest(key, known)
-            )
-        expected = known[key].annotation
-        if not accepts(expected, value):
-            kind = (
-                "a finite number" if expected is float else getattr(expected, "__name__", expected)
-            )
-            raise ConfigError(f"{where}: expected {kind}")
-        if expected is float:
-            options[key] = float(value)
-    missing = [k for k, p in known.items() if p.default is p.empty and k not in options]
-    if missing:
-        raise ConfigError(f"norm={name}: norm.{missing[0]} is not given")
+    options = checked(name, cls, options)
     try:
         norm: Norm = cls(n_embd, **options)  # type: ignore[call-arg]
         if cls.__module__.startswith(USER):
@@ -150,10 +131,31 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
     return norm
 
 
+def checked(name: str, cls: type[Norm], options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with whole numbers as floats if so declared; ConfigError if one is wrong."""
+    parameters = inspect.signature(cls, eval_str=True).parameters
+    known = {k: p for k, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    for key, value in options.items():
+        where = f"norm.{key}={value}"
+        if key not in known:
+            takes = ", ".join(known) or "no options"
+            raise ConfigError(f"{where}: norm {name!r} takes {takes}{nearest(key, known)}")
+        expected = known[key].annotation
+        if not accepts(expected, value):
+            kind = getattr(expected, "__name__", expected)
+            kind = "a finite number" if expected is float else kind
+            raise ConfigError(f"{where}: expected {kind}")
+    missing = [k for k, p in known.items() if p.default is p.empty and k not in options]
+    if missing:
+        raise ConfigError(f"norm={name}: norm.{missing[0]} is not given")
+    return {k: float(v) if known[k].annotation is float else v for k, v in options.items()}
+
+
 def try_out(norm: Norm, n_embd: int) -> None:
     """TypeError where a norm of the user's does not give back what it was given."""
-    x = torch.randn(2, 2, n_embd)
-    y = deepcopy(norm)(x)
+    x, copy = torch.randn(2, 2, n_embd), deepcopy(norm)
+    with norm_step(copy, 1, 1):
+        y = copy(x)
     if not isinstance(y, Tensor) or y.shape != x.shape:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"its forward gave {got}; expected a tensor of {tuple(x.shape)}")

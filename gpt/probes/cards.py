@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gpt.common.errors import MissingInput
+from gpt.norms.base import norm_step
 from gpt.norms.registry import NORMS, build_norm, fitting, norm_class, sizes
 
 SHAPE = (16, 128, 128)  # of the timed input: the default run's
@@ -52,7 +53,8 @@ def measure(names: list[str]) -> dict[str, float]:
     for _ in range(7):
         for name, norm in norms.items():
             start = time.perf_counter()
-            (norm(inputs[name]) * 1.0).sum().backward()
+            with norm_step(norm, 1, 1):
+                (norm(inputs[name]) * 1.0).sum().backward()
             if home(name) == "cuda":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
@@ -164,7 +166,8 @@ def worked_example(name: str) -> Iterator[str]:
             yield from lettered(((x - mean) / variance.sqrt()).view(3, 3))
     if cls.evaluation_axes != cls.axes:
         norm.momentum = 1.0  # the running statistics are this batch's
-    y = norm(x)
+    with norm_step(norm, 1, 100):
+        y = norm(x)
     yield "what the norm gives, as training begins"
     yield from lettered(y.view(3, 3))
     yield from gradients(norm, y)

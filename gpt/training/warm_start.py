@@ -59,10 +59,14 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
     added = sorted({k.rpartition(".")[2] for k in new.keys() - kept.keys()})
     left = sorted({k.rpartition(".")[2] for k in old.keys() - kept.keys()})
     line = f"starting from {source}: {len(old.keys() & kept.keys())} tensors of it"
-    line += f", new {', '.join(added)}" * bool(added)
-    line += f", without its {', '.join(left)}" * bool(left)
-    again = {name_of(n) for n in norms_of(model) if changes(n)}
-    return line + f"; what {', '.join(sorted(again))} changes by step begins again" * bool(again)
+    if added:
+        line += f", new {', '.join(added)}"
+    if left:
+        line += f", without its {', '.join(left)}"
+    again = sorted({name_of(n) for n in norms_of(model) if changes(n)})
+    if again:
+        line += f"; what {', '.join(again)} changes by step begins again"
+    return line
 
 
 def source_sha256(cfg: Config) -> str | None:
