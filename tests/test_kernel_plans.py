@@ -30,7 +30,7 @@ def plans(C: int, dtypes: tuple[torch.dtype, ...], branch: bool, bias: bool) -> 
     ("C", "arch"),
     mostly_long(
         product(SIZES, ARCHITECTURES),
-        (1600, "sm_90"), (769, "sm_75"), (4096, "sm_80"), (50_000, "sm_100"),
+        (1600, "sm_80"), (769, "sm_75"), (50_000, "sm_100"),
     ),
 )  # fmt: skip
 def test_every_kernel_compiles_without_spills_and_within_its_registers(C: int, arch: str) -> None:
@@ -84,7 +84,7 @@ def test_plans_are_valid(C: int, dtypes: tuple[torch.dtype, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("branch", "dtypes"),
-    mostly_long(product((True, False), DTYPES), *((True, d) for d in DTYPES[:1] + DTYPES[3:])),
+    mostly_long(product((True, False), DTYPES), *((True, d) for d in DTYPES[:1] + DTYPES[4:6])),
 )
 def test_memory_is_read_and_written_in_the_widest_accesses(
     dtypes: tuple[torch.dtype, ...], branch: bool, tmp_path: Path

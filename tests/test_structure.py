@@ -78,7 +78,7 @@ def test_the_model_never_sees_a_norm() -> None:
 
 
 def test_importing_gpt_does_not_import_torch() -> None:
-    code = "import gpt.cli.errors, gpt.config, sys\nassert 'torch' not in sys.modules"
+    code = "import gpt, gpt.cli.errors, gpt.config, sys\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
