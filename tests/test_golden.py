@@ -5,9 +5,11 @@ before a BatchNorm has a true gradient of 0, AdamW amplifies its rounding error 
 the running mean follows them late, which moves the validation loss by up to 8e-4 of itself.
 
 Measured over all curves, as the largest relative differences between torch's and MKL's kernels for
-AVX512, AVX2 and none (`ATEN_CPU_CAPABILITY`, `MKL_ENABLE_INSTRUCTIONS`, `ONEDNN_MAX_CPU_ISA`), and
-between 1 and 2 threads: 2e-7 in float64. Of float32 from float64: training losses and validation by
-the batch's own statistics 1.2e-6; validation 3e-7, but 8e-4 for `batch` and `batch_pos`.
+AVX2 and for CPUs without it (`ATEN_CPU_CAPABILITY`, `MKL_ENABLE_INSTRUCTIONS`,
+`ONEDNN_MAX_CPU_ISA`), and between 1 and 2 threads: 2e-7 in float64. Float32 against float64:
+training losses and validation by the batch's own statistics 1.2e-6; validation 3e-7, but 5e-4 for
+`batch` and `batch_pos`, and 8e-4 in curves from an earlier machine. Float64 on AVX512 and on arm64
+is not measured yet.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ def training_arguments(argv: list[str]) -> list[str]:
 
 
 def literal(arg: str, *keys: str) -> str:
-    """`key=any text`, for one of `keys`, as an override whose value Hydra takes as it stands.
+    """`key=any text`, for one of `keys`, as an override that Hydra reads literally.
 
-    Hydra's grammar would trim `prompt=def ` and stumble over `prompt=f(x, y)`. What is quoted
-    for Hydra already, and `null`, stay as they are, but for a prompt.
+    Hydra's grammar would trim `prompt=def ` and stumble over `prompt=f(x, y)`. A value that is
+    already quoted for Hydra, and `null`, stay as they are, except in a prompt.
     """
     key, _, value = arg.partition("=")
     if key not in keys:

@@ -79,7 +79,10 @@ def processes(device: str) -> Iterator[None]:
 
 
 def leave_unless_failing(number: int, _: object) -> None:
-    """torchrun ends all processes once one is gone; what the others know of it is told first."""
+    """Exit, but let an error that is on its way be printed first.
+
+    torchrun sends SIGTERM to all other processes once one is gone.
+    """
     if sys.exc_info()[0] is None:
         raise SystemExit(128 + number)
 

@@ -1,6 +1,6 @@
 """The norms: one file each. Importing this package imports them all, and each registers itself.
 
-from gpt.norms import RMSNorm, Norm, norm_step, register
+`from gpt.norms import RMSNorm, Norm, norm_step, register`
 """
 
 import importlib

@@ -1,11 +1,13 @@
 """What every norm is: its declarations, its hooks with their defaults, and the step they live in.
 
-model = nn.Sequential(nn.Linear(8, 8), ProgressiveRepBatchNorm(8))
-for step in range(1, steps + 1):
-    with norm_step(model, step, steps) as norms:
-        loss = model(x).square().mean()
-        (loss + norms.extra_loss()).backward()
-    optimizer.step()
+In a training loop of your own:
+
+    model = nn.Sequential(nn.Linear(8, 8), ProgressiveRepBatchNorm(8))
+    for step in range(1, steps + 1):
+        with norm_step(model, step, steps) as norms:
+            loss = model(x).square().mean()
+            (loss + norms.extra_loss()).backward()
+        optimizer.step()
 """
 
 from __future__ import annotations

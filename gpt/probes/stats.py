@@ -216,7 +216,7 @@ def collect(
     """Inside, one forward and backward of `model` fills the record, which `to_numbers` reads.
 
     A model that is not a GPT of ours has its norms as sites, of `gpt.norms` or of torch, and no
-    other groups. ConfigError if it has none.
+    other groups. A model without norms raises ConfigError.
 
     grad_scale  what a gradient is multiplied with: grad_accum, where the loss was divided by it
     """
