@@ -18,7 +18,7 @@ from rich.console import Console
 from gpt.cli.errors import explain
 from gpt.cli.sweep import count_runs, progress_table, sweep_dir
 from gpt.probes.verdict import FUTURE, UNKNOWN
-from gpt.reports.runs import load_summaries, print_table
+from gpt.reports.runs import load_runs, print_table
 from tests.tools.configs import TINY, mostly_long
 from tests.tools.programs import Process, run_program, start
 
@@ -113,10 +113,10 @@ def test_leaky_validation_and_diverged_runs_are_listed_last_and_as_such(
         (tmp_path / name).mkdir()
         row = base | {"norm": name} | extra
         (tmp_path / name / "summary.json").write_text(json.dumps(row))
-    summaries = load_summaries(tmp_path)
+    runs = load_runs(tmp_path)
     order = ["good", "longer tokens", "cheat", "odd", "bad", "worse"]
-    assert [s["norm"] for s in summaries] == order
-    print_table(summaries)
+    assert [run.summary["norm"] for run in runs] == order
+    print_table(runs)
     shown = capsys.readouterr().out
     assert "diverged" in shown
     assert "0.1000 (leaky)" in shown
@@ -216,17 +216,17 @@ def test_a_sweep_that_loses_a_process_says_so_and_goes_on_by_the_same_command(
 
 
 def in_loky(process: Path, cwd: Path) -> bool:
-    """Whether it is one of joblib's workers there."""
+    """Whether it is a joblib worker in the folder `cwd`."""
     try:
         mine = (process / "cwd").readlink() == cwd
         return mine and b"LokyProcess" in (process / "cmdline").read_bytes()
-    except OSError:  # it has ended, or is another user's
+    except OSError:  # it has ended or belongs to another user
         return False
 
 
 def test_what_a_lost_job_left_in_its_log_is_said() -> None:
     class UncompletedJobError(Exception):
-        """As submitit's."""
+        """Named like submitit's."""
 
     log = "--------\n  File ...\nModuleNotFoundError: No module named 'torch'\n\n"
     error = UncompletedJobError(
@@ -293,4 +293,4 @@ def test_the_live_table_follows_the_runs_files(corpus: Path, tmp_path: Path) -> 
     assert shown.index("begun") < shown.index("val loss")
     console.print(progress_table(folder, 4, time.time() + 9, done_before=0.0))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "2 of 4 done, 0 running, 1 to resume" in shown  # a kill has left it
+    assert "2 of 4 done, 0 running, 1 to resume" in shown  # as a kill leaves it

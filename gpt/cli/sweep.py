@@ -1,4 +1,4 @@
-"""A sweep: where its runs go, how many there are, and a table that follows their files."""
+"""Sweeps: the folder of the runs, their number, and a live table of their progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,14 +25,14 @@ from gpt.common.errors import ConfigError, UserError
 from gpt.common.files import read_json, read_jsonl
 from gpt.common.places import CONFIGS
 from gpt.common.terminal import Terminal, say
-from gpt.reports.runs import load_summaries, print_table, read_config
+from gpt.reports.runs import load_runs, print_table, read_config
 
-SHOWN = 12  # lines of the table at most: what is running, then what ended last
+SHOWN = 12  # the most lines of the table: running runs, then the last to end
 
 
 def sweep_dir(argv: list[str]) -> Path | None:
-    """Where a sweep's runs go: it follows from the sweep's name or its overrides, so that the same
-    command finds the runs that it has finished. None for a single run."""
+    """The folder of a sweep's runs; None for a single run. It follows from the sweep's name or its
+    overrides, so that the same command finds its finished runs again."""
     if not {"-m", "--multirun"} & set(argv):
         return None
     given = dict(arg.split("=", 1) for arg in argv if "=" in arg and not arg.startswith("-"))
@@ -47,18 +47,18 @@ def sweep_dir(argv: list[str]) -> Path | None:
 
 
 def refuse_sweep(argv: list[str]) -> None:
-    """ConfigError where the command says what only a single run can have."""
+    """ConfigError for a setting that only a single run can have."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
-            "a sweep's runs have one process each: start without torchrun, or unset WORLD_SIZE"
+            "each run of a sweep has one process: start without torchrun, or unset WORLD_SIZE"
         )
     for arg in argv:
         if arg.startswith("run_dir="):
-            raise ConfigError(f"{arg}: a sweep's runs have their own; hydra.sweep.dir=DIR for all")
+            raise ConfigError(f"{arg}: each run of a sweep has its own; use hydra.sweep.dir=DIR")
 
 
 def count_runs(argv: list[str]) -> int | None:
-    """How many runs the command line asks for; None where that is not known beforehand."""
+    """The number of runs that the command line asks for; None if unknown in advance."""
     given = dict(arg.split("=", 1) for arg in argv if "=" in arg and not arg.startswith("-"))
     if "hydra/sweeper" in given:
         return None
@@ -69,13 +69,13 @@ def count_runs(argv: list[str]) -> int | None:
         parsed = OverridesParser.create().parse_overrides(grid)
         swept = [list(o.sweep_string_iterator()) for o in parsed if o.is_sweep_override()]
         return math.prod(map(len, swept))
-    except HydraException:  # a glob, which Hydra expands; or a mistake, of which Hydra tells
+    except HydraException:  # a glob, which Hydra expands, or a mistake, which Hydra reports
         return None
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """A run of the sweep, as its files have it. cost: tokens to train on; done: trained on."""
+    """A run's progress, from its files. cost: tokens to train on; done: tokens trained on."""
 
     name: str
     state: str
@@ -85,10 +85,13 @@ class RunProgress:
     changed: float
 
 
+config_of = cache(read_config)  # a run's configuration stays as it is; its losses do not
+
+
 def read_progress(run_dir: Path) -> RunProgress | None:
-    """None where the run has not begun, or its files are in the middle of being written."""
+    """A run's progress; None if it has not begun or its files are being written."""
     try:
-        cfg = read_config(str(run_dir))
+        cfg = config_of(run_dir)
         steps = cfg["train.steps"]
         tokens = cfg["train.batch_size"] * cfg["train.grad_accum"] * cfg["model.block_size"]
         done = (run_dir / "DONE").exists()
@@ -110,11 +113,11 @@ def read_progress(run_dir: Path) -> RunProgress | None:
 
 
 def progress_table(folder: Path, total: int | None, started: float, done_before: float) -> Table:
-    """The runs below `folder`: running first, then the newest; how many; the time left."""
+    """A table of the runs in `folder`, running runs first, titled by counts and time left."""
     runs = [r for path in folder.glob("*/config.yaml") if (r := read_progress(path.parent))]
     total = max(total, len(runs)) if total else None
     begun = [r for r in runs if r.state == "begun"]
-    running = [r for r in begun if r.changed >= started]  # not those that a kill has left
+    running = [r for r in begun if r.changed >= started]  # not those left by a kill
     ended = sorted((r for r in runs if r.state != "begun"), key=lambda r: -r.changed)
     title = f"{len(ended)} of {total or '?'} done, {len(running)} running"
     if len(begun) > len(running):
@@ -122,7 +125,7 @@ def progress_table(folder: Path, total: int | None, started: float, done_before:
     done = sum(r.done for r in runs)
     if runs and total and len(ended) < total and done > done_before:
         speed = (done - done_before) / (time.time() - started)
-        cost = sum(r.cost for r in runs) * total / len(runs)  # those to come as those begun
+        cost = sum(r.cost for r in runs) * total / len(runs)  # assumes that later runs cost as much
         title += f", about {math.ceil(max(0.0, cost - done) / speed / 60)} min left"
     table = Table("run", "step", "result", title=title, title_justify="left")
     for one in [*running, *ended][:SHOWN]:
@@ -132,7 +135,7 @@ def progress_table(folder: Path, total: int | None, started: float, done_before:
 
 @contextmanager
 def live_table(folder: Path, total: int | None) -> Iterator[None]:
-    """Inside, a terminal shows how far the sweep is, whichever processes run its runs."""
+    """Inside, a terminal shows the sweep's progress, whichever processes run its runs."""
     console = Terminal()
     if not console.is_terminal:
         yield
@@ -149,21 +152,21 @@ def live_table(folder: Path, total: int | None) -> Iterator[None]:
 
 
 def show_results(folder: Path, total: int | None) -> None:
-    """The table of a sweep's runs, if there are any. total: how many its folder should have."""
-    summaries = load_summaries(folder)
-    if summaries:
-        print_table(summaries)
-        missing = (total or 0) - len(summaries)
+    """Print the table of a sweep's runs, if any. total: how many its folder should have."""
+    runs = load_runs(folder)
+    if runs:
+        print_table(runs)
+        missing = (total or 0) - len(runs)
         if missing > 0:
             say(f"{missing} of {total} have no result; the same command tries again")
-        say(f"python scripts/report.py {shlex.quote(str(folder))}   makes a page of it")
+        say(f"python scripts/report.py {shlex.quote(str(folder))}   makes a page of these runs")
 
 
 def run_sweep(app: Callable[[], None], folder: Path) -> None:
-    """Run a Hydra application over the runs of the command line, with a table at the end."""
+    """Run the sweep of the command line and print a table at the end."""
     run(partial(refuse_sweep, sys.argv[1:]))
     total = count_runs(sys.argv[1:])
-    shared = any(arg.startswith("hydra.sweep.dir=") for arg in sys.argv)  # with other commands
+    shared = any(arg.startswith("hydra.sweep.dir=") for arg in sys.argv)  # other commands may use it
     sys.argv.append(f"hydra.sweep.dir={folder}")
     try:
         with live_table(folder, total):

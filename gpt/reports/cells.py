@@ -1,7 +1,7 @@
-"""Runs that differ in their seed alone are one cell; cells are compared pair by pair.
+"""Runs that differ only in their seed form a cell; cells are compared pair by pair.
 
-Intervals are 95%, Student's t over seeds. Differences are paired by seed: the same initial weights
-and the same batches.
+Intervals are 95%, by Student's t over seeds. Differences are paired by seed, since runs of one seed
+have the same initial weights and the same batches.
 """
 
 from __future__ import annotations
@@ -12,25 +12,21 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from scipy.stats import t as student
 
 from gpt.common.errors import UserError, nearest
-from gpt.common.files import read_jsonl
 from gpt.probes.verdict import verdict
-from gpt.reports.runs import distinguish, label, read_config
+from gpt.reports.runs import FinishedRun, distinguish, label
 
-Summary = dict[str, Any]
 UNITS = {"val_loss": "nats a token", "val_bpb": "bits a byte"}
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What cells are compared with: those with this value of this key, all else being equal."""
+    """Cells are compared with the cell that has this value of this key and is equal otherwise."""
 
     key: str = "norm"
     value: str = "layer"
@@ -44,15 +40,15 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
-    traits: what tells it from other cells, but for what most of them have (`results.unsaid`).
-    rates: the learning rates that were tried, of which `tuned` took its own. unit: the loss that
-    compares with other cells', one of UNITS.
+    traits  the settings in its label: those that tell it from most other cells (`runs.unsaid`)
+    rates   the learning rates that were tried; `tuned` chose the cell's own among them
+    unit    the loss in which cells are compared, a key of UNITS
     """
 
     traits: dict[str, Any]
-    runs: list[Summary]
+    runs: list[FinishedRun]
     rates: tuple[float, ...] = ()
     unit: str = "val_loss"
 
@@ -61,31 +57,31 @@ class Cell:
         return label(self.traits)
 
     def value(self, key: str) -> Any:
-        """What it has there, also where its label leaves it unsaid; None where nothing."""
-        return self.traits.get(key, read_config(self.runs[0]["run_dir"]).get(key))
+        """Its value of a setting, even if its label omits it; None if it has none."""
+        return self.traits.get(key, self.runs[0].config.get(key))
 
     @property
     def setting(self) -> str:
-        """Its label, whatever its learning rate."""
+        """Its label without the learning rate."""
         return label(without(self.traits, "optim.lr"))
 
     @property
     def norm(self) -> str:
-        """The norm, with those of its options that are not the usual ones."""
+        """The norm, with the options that its label shows."""
         swapped = ("norm", "init.swap_norm")
         return label({k: v for k, v in self.traits.items() if k.startswith(swapped)})
 
     @property
     def context(self) -> str:
-        """Its label, whatever its norm and its learning rate."""
+        """Its label without the norm and the learning rate."""
         return label(without(self.traits, "optim.lr", "norm"))
 
     def sees(self, mode: str) -> list[str]:
-        """What its tokens see beside their past, in `mode`: "training" or "evaluation"."""
-        return sorted({what for run in self.runs for what in run[f"sees_in_{mode}"]})
+        """What its tokens see besides their past in `mode`, "training" or "evaluation"."""
+        return sorted({what for run in self.runs for what in run.summary[f"sees_in_{mode}"]})
 
     def marked(self, name: str) -> str:
-        """`name` for a legend: with a mark where it sees what it must not, or may."""
+        """`name` for a legend, with a mark if the cell leaks or may leak."""
         for mode in ("evaluation", "training"):
             if seen := self.sees(mode):
                 return f"{name} ({verdict(seen)} in {mode})"
@@ -93,52 +89,58 @@ class Cell:
 
     @property
     def void(self) -> bool:
-        """Whether evaluation sees what it must not, or may: its losses are no results."""
+        """Whether evaluation leaks, or may leak, so that its losses are not results."""
         return bool(self.sees("evaluation"))
 
     @property
     def lr(self) -> float:
-        """The peak learning rate; NaN where the configuration is not there."""
-        return float(read_config(self.runs[0]["run_dir"]).get("optim.lr", math.nan))
+        """The peak learning rate; NaN if the configuration is missing."""
+        return float(self.runs[0].config.get("optim.lr", math.nan))
+
+    @property
+    def ended(self) -> list[FinishedRun]:
+        """Its runs that reached their last step with a finite validation loss."""
+        return [r for r in self.runs if not r.diverged and r.summary["val_loss"] is not None]
 
     @property
     def losses(self) -> dict[int, float]:
-        """Validation loss by seed, in its unit, of runs that came to an end."""
-        good = [r for r in self.runs if "diverged_at" not in r and r["val_loss"] is not None]
-        return {r["seed"]: r[self.unit] for r in good}
+        """Validation loss by seed, in its unit, of the runs in `ended`."""
+        return {run.seed: run.summary[self.unit] for run in self.ended}
 
     @property
     def diverged(self) -> str:
-        """How many of its runs came to no end; empty where all did."""
+        """For example "1 of 3 diverged"; empty if no run diverged."""
         lost = len(self.runs) - len(self.losses)
         return f"{lost} of {len(self.runs)} diverged" if lost else ""
 
 
 def legend(cells: list[Cell]) -> str:
-    """The name of the norm that they share, with a mark where all or some of them have one."""
+    """The name of the norm that the cells share. It is marked if all of them leak, and with "in
+    part" if some do."""
     names = {cell.marked(cell.norm) for cell in cells}
     seen = [what for cell in cells for what in cell.sees("training") + cell.sees("evaluation")]
     return names.pop() if len(names) == 1 else f"{cells[0].norm} ({verdict(seen)} in part)"
 
 
-def make_cells(summaries: list[Summary]) -> list[Cell]:
-    """Of runs that are equal in all, the seed too, one is taken, whatever its loss."""
-    texts = {(s["tokenizer"], s["corpus_sha256"]) for s in summaries}
-    splits = {s.get("train_bytes") for s in summaries} - {None}  # each trains its own tokenizer
+def make_cells(runs: list[FinishedRun]) -> list[Cell]:
+    """Runs that differ in nothing but the seed become one cell. Of runs that share the seed too,
+    the first is taken, whatever its loss."""
+    texts = {(run.summary["tokenizer"], run.summary["corpus_sha256"]) for run in runs}
+    splits = {run.summary.get("train_bytes") for run in runs} - {None}  # each has its own tokenizer
     unit = "val_bpb" if max(len(texts), len(splits)) > 1 else "val_loss"
     grouped: dict[str, Cell] = {}
     seen: set[tuple[str, int]] = set()
-    pairs = zip(summaries, distinguish(summaries), strict=True)
-    for summary, traits in sorted(pairs, key=lambda p: (p[0]["seed"], p[0]["run_dir"])):
+    pairs = zip(runs, distinguish(runs), strict=True)
+    for run, traits in sorted(pairs, key=lambda pair: (pair[0].seed, str(pair[0].dir))):
         cell = Cell(without(traits, "seed"), [], unit=unit)
-        if (cell.label, summary["seed"]) not in seen:
-            grouped.setdefault(cell.label, cell).runs.append(summary)
-            seen.add((cell.label, summary["seed"]))
+        if (cell.label, run.seed) not in seen:
+            grouped.setdefault(cell.label, cell).runs.append(run)
+            seen.add((cell.label, run.seed))
     return list(grouped.values())
 
 
 def without(traits: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """Less these keys and the options below them: `norm` takes `norm.eps` along."""
+    """`traits` without these keys and the options below them: `norm` removes `norm.eps` too."""
     swapped = ("init.swap_norm",) if "norm" in keys else ()
     below = tuple(f"{key}." for key in keys)
     gone = {*keys, *swapped}
@@ -146,10 +148,11 @@ def without(traits: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def tuned(cells: list[Cell]) -> list[Cell]:
-    """Of the cells that differ in `optim.lr` alone the best, so that none loses for another's rate.
+    """For each setting, the cell of the best learning rate: no norm loses by a rate that suits
+    another norm.
 
-    The best has the fewest diverged runs, and of such the lowest mean validation loss, over the
-    seeds at which all of them came to an end, if there are any.
+    The best cell has the smallest share of diverged runs and, among these, the lowest mean
+    validation loss over the seeds that all of them finished, or over its own if they share none.
     """
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -173,7 +176,7 @@ def best_of(cells: list[Cell]) -> Cell:
 
 
 def interval(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and half the width of its 95% interval; None for a single value."""
+    """The mean, and half the width of its 95% interval or None for a single value."""
     xs = list(values)
     mean = math.fsum(xs) / len(xs)
     if len(xs) < 2:
@@ -182,27 +185,18 @@ def interval(values: Iterable[float]) -> tuple[float, float | None]:
     return mean, float(student.ppf(0.975, len(xs) - 1)) * math.sqrt(variance / len(xs))
 
 
-@cache
-def curve(run_dir: str, unit: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """A run's steps and its validation losses there, in one of UNITS, while they were finite."""
-    rows = read_jsonl(Path(run_dir) / "metrics.jsonl")
-    points = [(r["step"], r[unit]) for r in rows if r.get(unit) is not None]
-    steps, values = zip(*points, strict=True) if points else ((), ())
-    return steps, values
-
-
 def curve_limits(cells: list[Cell]) -> tuple[float, float]:
-    """An axis for their curves, without what is out of bounds, and without what a diverged run
-    rose to."""
+    """The limits of an axis for the cells' curves. Losses that are out of bounds, and those to
+    which diverged runs rose, do not stretch it."""
     firsts: list[float] = []
     later: list[float] = []
     for cell in cells:
         for run in cell.runs:
-            losses = curve(run["run_dir"], cell.unit)[1]
+            _, losses = run.curve(cell.unit)
             firsts += losses[:1]
-            later += () if "diverged_at" in run else losses[1:]
+            later += () if run.diverged else losses[1:]
     top = bound(cells)
-    if all(loss > top for loss in later):  # it would be a picture of nothing
+    if all(loss > top for loss in later):  # the plot would be empty
         top = math.inf
     values = [loss for loss in firsts + later if loss <= top] or [0.0, 1.0]
     margin = 0.04 * (max(values) - min(values)) + 0.01
@@ -211,14 +205,15 @@ def curve_limits(cells: list[Cell]) -> tuple[float, float]:
 
 def bound(cells: list[Cell]) -> float:
     """Plot limit: twice the median initial loss. A loss above it is out of bounds."""
-    curves = [curve(run["run_dir"], cell.unit)[1] for cell in cells for run in cell.runs]
+    curves = [run.curve(cell.unit)[1] for cell in cells for run in cell.runs]
     firsts = [losses[0] for losses in curves if losses]
     return 2 * median(firsts) if firsts else math.inf
 
 
 def final_limits(cells: list[Cell], stretch: float = 1.0) -> tuple[float, float]:
-    """An axis for their final losses, without what is out of bounds. Intervals lengthen it by
-    `stretch` of itself at either end at most: a few seeds' may be endless."""
+    """The limits of an axis for the cells' final losses. Losses that are out of bounds do not
+    stretch it. Intervals, which are huge for two seeds, add at most the share `stretch` of its
+    length at either end."""
     top = bound(cells)
     points = [interval(cell.losses.values()) for cell in cells if cell.losses]
     points = [(mean, half) for mean, half in points if mean <= top] or points
@@ -231,10 +226,10 @@ def final_limits(cells: list[Cell], stretch: float = 1.0) -> tuple[float, float]
 
 
 def baseline(cell: Cell, cells: list[Cell], versus: Baseline) -> Cell | None:
-    """The cell to compare with, at its best learning rate, that differs in nothing but the key: of
-    those whose norm has the same eps and the like, if there are any.
+    """The cell to compare `cell` with: at its best learning rate, equal in everything but the key.
+    Cells whose norm has the same options (`unlike`) are preferred.
 
-    None where there is none, or several.
+    None if there is no such cell, or more than one.
     """
     if versus.is_it(cell) or cell.void:
         return None
@@ -248,7 +243,7 @@ def baseline(cell: Cell, cells: list[Cell], versus: Baseline) -> Cell | None:
 
 
 def choose_baseline(argument: str, cells: list[Cell]) -> Baseline:
-    """That of `baseline=KEY=VALUE`; UserError where no cell can be compared with it."""
+    """The baseline of `baseline=KEY=VALUE`; UserError if no cell can be compared with it."""
     _, key, value = [*argument.split("=", 2), ""][:3]
 
     def serves(value: str) -> bool:
@@ -265,8 +260,8 @@ def choose_baseline(argument: str, cells: list[Cell]) -> Baseline:
 
 
 def unlike(cell: Cell, other: Cell) -> list[str]:
-    """Of two norms the options that both have, with different values: norm.eps and the like."""
-    a, b = (read_config(c.runs[0]["run_dir"]) for c in (cell, other))
+    """The options that two different norms share but set differently, such as norm.eps."""
+    a, b = cell.runs[0].config, other.runs[0].config
     if a.get("norm.name") == b.get("norm.name"):
         return []
     shared = sorted(k for k in a.keys() & b.keys() if k.startswith("norm.") and k != "norm.name")
@@ -274,14 +269,15 @@ def unlike(cell: Cell, other: Cell) -> list[str]:
 
 
 def difference(cell: Cell, other: Cell) -> tuple[float, float | None, int] | None:
-    """Its validation loss minus the other's at the same seeds: mean, half width, pairs."""
+    """The cell's validation loss minus the other's at the same seeds: the mean, half the width of
+    its interval, and the number of pairs."""
     ours, theirs = cell.losses, other.losses
     pairs = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
     return (*interval(pairs), len(pairs)) if pairs else None
 
 
 def in_order(cells: list[Cell]) -> list[Cell]:
-    """By what they share with other norms, also where it is unsaid, then by norm."""
+    """Sorted by context, then by norm. Settings that labels omit count too."""
     keys = dict.fromkeys(key for cell in cells for key in cell.traits)
 
     def place(cell: Cell) -> str:
@@ -292,7 +288,7 @@ def in_order(cells: list[Cell]) -> list[Cell]:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Sorted, numbers by their size: bs2 before bs16, 3e-4 before 0.001."""
+    """Sorted with numbers by size: bs2 before bs16, 3e-4 before 0.001."""
 
     def key(name: str) -> list[tuple[float, str]]:
         pieces = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", name)

@@ -1,7 +1,11 @@
-"""Runs as PNGs: final losses, curves, learning rates, and the stream's size by depth and step."""
+"""Plots: final losses, curves, learning rates, and the residual stream by depth and step.
+
+Each is drawn once, by matplotlib, and stands as SVG in the page and as a PNG beside it.
+"""
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Iterable
@@ -18,11 +22,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from gpt.common.files import read_jsonl
 from gpt.reports.cells import (
     UNITS,
     Cell,
-    curve,
     curve_limits,
     final_limits,
     in_order,
@@ -32,14 +34,15 @@ from gpt.reports.cells import (
 )
 
 COLUMNS = 3  # panels beside one another
-MAPS = 24  # cells with a map at most
+MAPS = 24  # at most so many cells have a map
 
 
-def draw(cells: list[Cell], folder: Path) -> list[Path]:
-    """`losses.png`, `curves.png`, `depth.png`, and `lr.png` where there are several rates."""
+def draw(cells: list[Cell]) -> dict[str, Figure]:
+    """The figures that the cells have data for: losses, curves, depth, and lr if several learning
+    rates were tried. Cells whose evaluation leaks are left out."""
     cells = [cell for cell in cells if not cell.void]
     if not cells:
-        return []
+        return {}
     best = tuned(cells)
     figures = {
         "losses": draw_losses(best),
@@ -47,18 +50,31 @@ def draw(cells: list[Cell], folder: Path) -> list[Path]:
         "lr": draw_lr(cells),
         "depth": draw_depth(best),
     }
+    plt.close("all")  # pyplot forgets the figures; they can still be saved
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
+    """Write each figure as a PNG."""
     paths = []
     for name, figure in figures.items():
-        if figure is not None:
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=130)
-            plt.close(figure)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=130)
     return paths
 
 
+def to_svg(figure: Figure) -> str:
+    """The figure as an SVG element for a page; equal runs give equal text."""
+    file = io.StringIO()
+    with plt.rc_context({"svg.hashsalt": "gpt-norms"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :]
+
+
 def draw_losses(cells: list[Cell]) -> Figure | None:
-    """Final validation loss with its 95% interval over seeds, a line a cell; the number at the edge
-    where it is out of bounds."""
+    """Final validation loss with its 95% interval over seeds, a line for each cell. A loss that is
+    out of bounds stands as a number at the edge."""
     cells = [cell for cell in in_order(cells) if cell.losses]
     if not cells:
         return None
@@ -90,8 +106,8 @@ def draw_losses(cells: list[Cell]) -> Figure | None:
 
 
 def line_up(cells: list[Cell]) -> tuple[dict[str, float], dict[str, float], float]:
-    """From the top, in lines: where each cell stands, by label; the middle of each context, by the
-    name that is written there; and the end."""
+    """Heights in lines, counted from the top: that of each cell by its label, the middle of each
+    context by the name that is written there, and the end."""
     ys: dict[str, float] = {}
     middles: dict[str, float] = {}
     end = 0
@@ -110,10 +126,10 @@ def draw_curves(cells: list[Cell]) -> Figure:
     figure, panels, styles = panels_by_context(cells)
     for cell in cells:
         for run in cell.runs:
-            steps, values = curve(run["run_dir"], cell.unit)
+            steps, values = run.curve(cell.unit)
             axis, style = panels[cell.context], styles[cell.norm]
             axis.plot(steps, values, label=name_of(cell), linewidth=1.6, **style)
-            if "diverged_at" in run:
+            if run.diverged:
                 axis.plot(steps[-1:], values[-1:], "x", color=style["color"])
     figure.axes[0].set_ylim(curve_limits(cells))
     finish(figure, panels, "step", f"validation loss, {UNITS[cells[0].unit]}")
@@ -121,8 +137,8 @@ def draw_curves(cells: list[Cell]) -> Figure:
 
 
 def draw_lr(cells: list[Cell]) -> Figure | None:
-    """Final validation loss by peak learning rate, with 95% intervals over seeds; a cross at the
-    top where a run diverged."""
+    """Final validation loss by peak learning rate, with 95% intervals over seeds. A cross at the
+    top marks a rate at which a run diverged."""
     cells = sorted((cell for cell in cells if cell.lr > 0), key=lambda c: c.lr)
     if len({cell.lr for cell in cells}) < 2 or not any(cell.losses for cell in cells):
         return None
@@ -154,8 +170,7 @@ def draw_depth(cells: list[Cell]) -> Figure | None:
     """The residual stream's root mean square by depth and step, of each cell's lowest seed."""
     maps: list[tuple[Cell, list[int], list[str], Any]] = []
     for cell in in_order(cells)[:MAPS]:
-        rows = read_jsonl(Path(cell.runs[0]["run_dir"]) / "stats.jsonl")
-        rows = [row for row in rows if "residual" in row]
+        rows = [row for row in cell.runs[0].stats if "residual" in row]
         if rows:
             depths = list(rows[0]["residual"])
             values = [[row["residual"][d]["after"]["rms"] for row in rows] for d in depths]
@@ -180,13 +195,12 @@ def draw_depth(cells: list[Cell]) -> Figure | None:
         axis.set_yticks(list(shown), [depths[i] for i in shown], fontsize=7)
         ends = [0, len(steps) - 1]
         axis.set_xticks(ends, [f"step {steps[i]}" for i in ends], fontsize=7)
-    label = "log₁₀ of the stream's rms"
-    figure.colorbar(drawn, ax=axes, label=label)
+    figure.colorbar(drawn, ax=axes, label="log₁₀ of the stream's rms")
     return figure
 
 
 def norm_styles(cells: list[Cell]) -> dict[str, dict[str, Any]]:
-    """A colour and a stroke for each norm: lines may lie on one another."""
+    """A colour and a stroke for each norm, so that lines that coincide can be told apart."""
     norms = sorted({cell.norm for cell in cells})
     strokes = ["-", "--", "-.", ":"]
     return {n: {"color": f"C{i % 10}", "linestyle": strokes[i % 4]} for i, n in enumerate(norms)}
@@ -225,7 +239,7 @@ def name_of(cell: Cell) -> str:
 
 
 def wrapped(label: str, width: int = 26) -> str:
-    """On several lines where it is long: paths may be part of it, and a $ is none of TeX's."""
+    """A label on several lines. A $ in it, which may come from a path, does not start TeX."""
     return textwrap.fill(label, width).replace("$", r"\$")
 
 
@@ -234,7 +248,7 @@ def height(name: str) -> int:
 
 
 def longest(names: Iterable[str]) -> int:
-    """The characters of their longest line."""
+    """The length of their longest line."""
     return max(len(line) for name in names for line in name.split("\n"))
 
 

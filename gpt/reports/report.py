@@ -1,4 +1,4 @@
-"""From folders of runs to a page, tables and pictures."""
+"""From folders of runs to a page, tables and plots."""
 
 from __future__ import annotations
 
@@ -6,35 +6,37 @@ from pathlib import Path
 
 from gpt.common.errors import MissingInput
 from gpt.common.terminal import say
-from gpt.reports.runs import load_summaries, print_table, unfinished, unsaid
+from gpt.reports.runs import load_runs, print_table, unfinished, unsaid
 
 
 def report(*folders: Path | str, baseline: str | None = None) -> list[Path]:
-    """Print a table of the runs below `folders`, and write the page, tables and pictures of them
-    into the first one; returns what was written.
+    """Print a table of the runs below `folders`; write their page, tables and plots into the first
+    folder. Returns the paths that were written.
 
-    baseline  KEY=VALUE, what runs are compared with; by default norm=layer
+    baseline  KEY=VALUE: the setting of the cells to compare with; norm=layer by default
     """
     paths = [Path(folder) for folder in folders]
     for path in paths:
         if not path.is_dir():
             raise MissingInput(f"{path}: no such folder")
-    summaries = load_summaries(*paths)
-    if not summaries:
+    runs = load_runs(*paths)
+    if not runs:
         raise MissingInput(f"{paths[0]}: no finished run below it")
     from gpt.reports import page, plots  # plotly, matplotlib and scipy take seconds
     from gpt.reports.cells import Baseline, choose_baseline, make_cells
 
-    cells = make_cells(summaries)
+    cells = make_cells(runs)
     versus = choose_baseline(f"baseline={baseline}", cells) if baseline else Baseline()
-    print_table(summaries)
+    print_table(runs)
     left = unfinished(*paths)
-    again = len(summaries) - sum(len(cell.runs) for cell in cells)
-    notes = [f"Runs that are not finished, and not in here: {left}."] if left else []
-    notes += [f"Runs that repeat another's, seed and all, left out: {again}."] if again else []
+    again = len(runs) - sum(len(cell.runs) for cell in cells)
+    notes = [f"Unfinished runs left out: {left}."] if left else []
+    notes += [f"Runs with the settings and seed of another run left out: {again}."] if again else []
     for note in notes:
         say(note)
     title = " and ".join(str(path) for path in paths)
-    notes = [*filter(None, [unsaid(summaries)]), *notes]
-    written = page.write(cells, paths[0], title, versus, notes)
-    return [*written, *plots.draw(cells, paths[0])]
+    notes = [*filter(None, [unsaid(runs)]), *notes]
+    figures = plots.draw(cells)
+    pngs = plots.save(figures, paths[0])
+    svgs = [plots.to_svg(figure) for figure in figures.values()]
+    return [*page.write(cells, paths[0], title, versus, notes, svgs), *pngs]

@@ -1,10 +1,11 @@
-"""Several runs side by side, read from their `summary.json` files."""
+"""Finished runs, read from their directories, and the labels that tell them apart."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +14,94 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.common.errors import DataError
-from gpt.common.files import flatten, read_json
+from gpt.common.files import flatten, read_json, read_jsonl
 from gpt.common.terminal import show
 from gpt.probes.verdict import marked
 
-# Keys that tell no run apart: where it ran, and how often it was looked at or saved.
+# Settings that no label shows: where a run ran, and how often it was evaluated or saved.
 UNSEEN = {"wandb.mode", "wandb.project", "device", "train.eval_every", "train.stats_every",
           "train.checkpoint_every", "train.keep_checkpoints"}  # fmt: skip
-# Keys that every label has, or that are the run's own.
+# Settings that every label shows anyway, and the run's own directory.
 LABELLED = {"norm.name", "placement.name", "train.batch_size", "seed", "run_dir"}
-# What runs are made of beside their configuration, and its name where it differs between them.
+# Inputs of a run besides its configuration, and what a label calls them if they differ.
 SOURCES = {"corpus_sha256": "text", "init_sha256": "init.weights", "norm_sha256": "norm.code"}
 
 
-def load_summaries(*folders: Path) -> list[dict[str, Any]]:
-    """The summaries of all runs below `folders`, best validation loss first, in bits a byte, by
-    which tokenizers compare.
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run's directory tells; each of its files is read once.
 
-    Last come runs that diverged, and before them those whose evaluation sees the future: their
-    validation loss is not a result.
+    summary  `summary.json`
+    config   `config.yaml`, with dotted keys; empty if the file is gone
+    """
+
+    dir: Path
+    summary: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        return self.summary["seed"]
+
+    @property
+    def diverged(self) -> bool:
+        return "diverged_at" in self.summary
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`."""
+        return read_jsonl(self.dir / "metrics.jsonl")
+
+    @cached_property
+    def stats(self) -> list[dict[str, Any]]:
+        """The rows of `stats.jsonl`."""
+        return read_jsonl(self.dir / "stats.jsonl")
+
+    def curve(self, unit: str) -> tuple[list[int], list[float]]:
+        """The steps of its evaluations and the validation losses there, while they were finite."""
+        points = [(row["step"], row[unit]) for row in self.metrics if row.get(unit) is not None]
+        return [step for step, _ in points], [loss for _, loss in points]
+
+
+def load_runs(*folders: Path) -> list[FinishedRun]:
+    """All finished runs below `folders`. The lowest validation loss comes first, in bits a byte,
+    because that compares across tokenizers.
+
+    A run whose evaluation sees the future has no valid loss: it comes after all others. Runs that
+    diverged come last.
     """
     paths = {path.resolve(): path for folder in folders for path in folder.rglob("summary.json")}
-    summaries = [read_json(path) | {"run_dir": str(path.parent)} for path in sorted(paths.values())]
-    for s in summaries:
-        if "norm" not in s:
-            raise DataError(f"{s['run_dir']}/summary.json: not a run's summary; remove the run")
+    runs = []
+    for path in sorted(paths.values()):
+        summary = read_json(path)
+        if "norm" not in summary:
+            raise DataError(f"{path}: not a run's summary; remove the run")
+        runs.append(FinishedRun(path.parent, summary, read_config(path.parent)))
 
-    def rank(s: dict[str, Any]) -> tuple[bool, bool, float]:
-        return "diverged_at" in s, bool(s.get("sees_in_evaluation")), s.get("val_bpb") or math.inf
+    def rank(run: FinishedRun) -> tuple[bool, bool, float]:
+        sees = bool(run.summary.get("sees_in_evaluation"))
+        return run.diverged, sees, run.summary.get("val_bpb") or math.inf
 
-    return sorted(summaries, key=rank)
+    return sorted(runs, key=rank)
 
 
 def unfinished(*folders: Path) -> int:
-    """How many runs below `folders` have begun and not ended."""
+    """How many runs below `folders` have started but not finished."""
     paths = {path.resolve() for folder in folders for path in folder.rglob("metrics.jsonl")}
     return sum(not (path.parent / "summary.json").exists() for path in paths)
 
 
-def print_table(summaries: list[dict[str, Any]]) -> None:
-    """One line a run. Leaky losses are marked: they are not comparable, never ranked."""
-    labels = [label(traits) for traits in distinguish(summaries)]
+def print_table(runs: list[FinishedRun]) -> None:
+    """One line for each run. Losses of leaky runs are marked and never ranked."""
     table = Table(title="best validation loss first", title_justify="left", caption_justify="left")
-    table.caption = Text(unsaid(summaries))
+    table.caption = Text(unsaid(runs))
     table.add_column("run", overflow="fold")
     for column in ("val loss", "bits/byte", "train loss", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
-    for s, name in zip(summaries, map(Text, labels), strict=True):
+    for run, traits in zip(runs, distinguish(runs), strict=True):
+        name, s = Text(label(traits)), run.summary
         speed = f"{s['tokens_per_s']:,.0f}"
-        if "diverged_at" in s:
+        if run.diverged:
             table.add_row(name, f"diverged at {s['diverged_at']}", "", "", speed)
             continue
         train_loss = marked(f"{s['train_loss']:.4f}", s["sees_in_training"])
@@ -70,10 +110,10 @@ def print_table(summaries: list[dict[str, Any]]) -> None:
     show(table)
 
 
-@cache
-def read_config(run_dir: str) -> dict[str, Any]:
-    """A run's configuration, its keys dotted; empty where there is none. Fast, for many runs."""
-    path = Path(run_dir) / "config.yaml"
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """A run's configuration with dotted keys; empty if it has none. It is read without OmegaConf,
+    which takes long for many runs."""
+    path = run_dir / "config.yaml"
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         return flatten(yaml.load(path.read_bytes(), loader), ".") if path.exists() else {}
@@ -81,19 +121,19 @@ def read_config(run_dir: str) -> dict[str, Any]:
         raise DataError(f"{path}: damaged; restore it or remove the run") from error
 
 
-def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What tells each run from the others: what all labels have, and any other key that differs,
-    unless most runs have its value (`unsaid`)."""
-    configs = [read_config(s["run_dir"]) for s in summaries]
-    several = [k for k in SOURCES if len({s.get(k) for s in summaries} - {None}) > 1]
-    values = variety(configs)
+def distinguish(runs: list[FinishedRun]) -> list[dict[str, Any]]:
+    """For each run the settings that its label shows: norm, placement, batch size and seed, and
+    any other setting that differs between runs, unless most of them share its value (`unsaid`)."""
+    several = [k for k in SOURCES if len({run.summary.get(k) for run in runs} - {None}) > 1]
+    values = variety(runs)
     plain = usual(values)
     found = []
-    for s, config in zip(summaries, configs, strict=True):
+    for run in runs:
+        s = run.summary
         head = ("norm", s["norm"]), ("placement", s["placement"])
         traits = dict([*head, ("train.batch_size", s["batch_size"]), ("seed", s["seed"])])
-        for key, value in sorted(config.items()):
-            scope = scope_of(config, key)
+        for key, value in sorted(run.config.items()):
+            scope = scope_of(run.config, key)
             if scope in values and value is not None and str(value) != plain.get(scope):
                 traits[key] = value
         traits |= {SOURCES[k]: s[k][:8] for k in several if s.get(k)}
@@ -101,36 +141,38 @@ def distinguish(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def unsaid(summaries: list[dict[str, Any]]) -> str:
+def unsaid(runs: list[FinishedRun]) -> str:
     """A sentence that gives the values that labels omit; "" if labels omit nothing."""
-    plain = usual(variety([read_config(s["run_dir"]) for s in summaries]))
-    said = [f"{key}={plain[key, name]}" + f" ({name})" * bool(name) for key, name in plain]
-    return f"Where a name does not say otherwise: {', '.join(said)}." if said else ""
+    omitted = [
+        f"{key}={value} ({name})" if name else f"{key}={value}"
+        for (key, name), value in usual(variety(runs)).items()
+    ]
+    return f"Unless a name says otherwise: {', '.join(omitted)}." if omitted else ""
 
 
 def scope_of(config: dict[str, Any], key: str) -> tuple[str, str]:
-    """The key, and the norm or placement among whose runs its values are compared: a norm's eps
-    differs from another norm's."""
+    """The key, and the norm or placement whose runs are compared in it: the eps of one norm is
+    another setting than the eps of a second norm."""
     name = key.split(".")[0] + ".name"
     return key, config.get(name, "") if name in LABELLED else ""
 
 
-def variety(configs: list[dict[str, Any]]) -> dict[tuple[str, str], Counter[str]]:
-    """How many runs have which value, of the keys that differ and that no label has anyway. A run
-    of which nothing is known counts among those that have none."""
-    known = [config for config in configs if config]
+def variety(runs: list[FinishedRun]) -> dict[tuple[str, str], Counter[str]]:
+    """For each setting that differs between runs, how many runs have which value. A run without a
+    configuration counts as "None" everywhere."""
+    known = [run.config for run in runs if run.config]
     keys = sorted({key for config in known for key in config} - LABELLED - UNSEEN)
     values: dict[tuple[str, str], Counter[str]] = {}
     for config in known:
         for key in keys:
             values.setdefault(scope_of(config, key), Counter())[str(config.get(key))] += 1
-    unknown = Counter({"None": len(configs) - len(known)})
+    unknown = Counter({"None": len(runs) - len(known)})
     return {scope: counts + unknown for scope, counts in values.items() if len(counts) > 1}
 
 
 def usual(values: dict[tuple[str, str], Counter[str]]) -> dict[tuple[str, str], str]:
-    """The value that more than half of the runs have, if every run has the key. `optim.lr` is
-    excluded because each cell uses its own best."""
+    """The value that more than half of the runs share, for each setting that every run has.
+    `optim.lr` is excluded because each cell uses its own best."""
     found = {}
     for (key, name), counts in values.items():
         value, n = counts.most_common(1)[0]

@@ -1,7 +1,7 @@
-"""What a BatchNorm model makes of one sample: python scripts/study/one_sample.py runs/norms
+"""Losses of BatchNorm models on one sample: python scripts/study/one_sample.py runs/norms
 
-The loss of the token after a context of T tokens, given alone, by running statistics and by the
-context's own, of every BatchNorm model below the folder at its best learning rate.
+For every BatchNorm model below the folder, at its best learning rate: the loss of the token after a
+context of T tokens, given alone, with the running statistics and with the context's own.
 """
 
 import sys
@@ -16,7 +16,7 @@ from gpt.data.batches import ValBatches
 from gpt.data.tokens import prepare
 from gpt.norms.batch import batch_statistics
 from gpt.reports.cells import in_order, make_cells, tuned
-from gpt.reports.runs import load_summaries
+from gpt.reports.runs import load_runs
 from gpt.training.checkpoint import load_model
 
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -25,12 +25,12 @@ SAMPLES = 256
 
 @torch.no_grad()
 def main(folder: Path) -> None:
-    best = [c for c in tuned(make_cells(load_summaries(folder))) if c.norm == "batch"]
+    best = [c for c in tuned(make_cells(load_runs(folder))) if c.norm == "batch"]
     print("| cell | statistics |", " | ".join(f"T={length}" for length in LENGTHS), "|")
     print("|" + " --- |" * (2 + len(LENGTHS)))
     for cell in in_order(best):
-        models = [load_model(run["run_dir"]) for run in cell.runs]
-        data = prepare(load_config(Path(cell.runs[0]["run_dir"]) / "config.yaml"))
+        models = [load_model(run.dir) for run in cell.runs]
+        data = prepare(load_config(cell.runs[0].dir / "config.yaml"))
         windows = ValBatches(data.val.ids, 1, max(LENGTHS), SAMPLES * max(LENGTHS))
         pairs = list(windows.on(torch.device("cpu")))
         for name in ("running", "its own"):
