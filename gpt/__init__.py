@@ -16,12 +16,12 @@ from typing import Any
 # Before torch is imported: two OpenMP threads that spin at every barrier slow each other down
 # up to tenfold on a busy machine; waiting passively costs nothing measurable on an idle one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# What cuBLAS needs in order to repeat the same bits.
+# cuBLAS needs this to repeat the same bits.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 HOMES = {
     "compose": "gpt.config",  # a configuration, from overrides
-    "prepare": "gpt.data.tokens",  # its corpus as tokens
+    "prepare": "gpt.data.tokens",  # a configuration's corpus as tokens
     "TrainBatches": "gpt.data.batches",
     "build_model": "gpt.placement",
     "norm_step": "gpt.norms.base",  # one training step, for the norms

@@ -1,7 +1,7 @@
 """The schema: every key of `configs/train.yaml` and `configs/sample.yaml`, its type and its range.
 
-Hydra merges yaml files and overrides into these dataclasses and so refuses wrong names and types;
-`__post_init__` refuses impossible values. A `Config` is made once and never assigned to.
+Hydra merges yaml files and overrides into these dataclasses, and thereby refuses wrong names and
+types. `__post_init__` refuses invalid values. A `Config` never changes after it is made.
 """
 
 from __future__ import annotations
@@ -71,17 +71,17 @@ class ModelConfig:
 
 @dataclass
 class PlacementConfig:
-    """Which slots of y = after(α·x + out(f(s·in(x)))) hold a norm, in each block; and the rest.
+    """Which slots of y = after(α·x + out(f(s·in(x)))) hold a norm in each block; other settings.
 
-    A slot, also `embd_norm` and `final_norm`, is false (empty), true (the run's norm), the name of
-    another norm, or a formula in l and L that gives one of these for each block, see
-    `gpt/formula.py`; for `embd_norm` and `final_norm` l is 1. Slots inside f: `q`, `k`, `v`
-    (attention's, all C features at once), `mid` (before the output projection).
+    A slot is false (empty), true (the run's norm), the name of another norm, or a formula in l and
+    L that gives one of these for each block, see `gpt/formula.py`. `embd_norm` and `final_norm` are
+    slots too, with l = 1. Slots inside f: `q`, `k`, `v` (attention's, over all C features at once)
+    and `mid` (before the output projection).
 
     alpha, scale  α and s, numbers or formulas
-    parallel      x + attention(in(x)) + mlp(in(x)), `in` being attention's
+    parallel      x + attention(in(x)) + mlp(in(x)), with attention's `in` for both
     init          factors on the initial weights `q k v o fc1 fc2`, numbers or formulas
-    xavier        initial weights by Xavier's standard deviation in place of GPT-2's 0.02
+    xavier        use Xavier's standard deviation for the initial weights, not GPT-2's 0.02
     """
 
     name: str = MISSING
@@ -106,7 +106,7 @@ class PlacementConfig:
             )
 
     def check_formulas(self, L: int) -> None:
-        """ConfigError where a slot or a number is none, in any of the L blocks."""
+        """ConfigError if a slot or a number has an invalid value in any of the L blocks."""
         slots = [f"{group}.{key}" for group in ("attn", "mlp") for key in getattr(self, group)]
         numbers = ["alpha", "scale", *(f"init.{key}" for key in self.init)]
         for l in range(1, L + 1):  # noqa: E741
@@ -116,11 +116,11 @@ class PlacementConfig:
                 self.value(key, l, L, float)
 
     def value(self, key: str, l: int, L: int, *types: type) -> Any:  # noqa: E741
-        """What `alpha` or `attn.in` is in block `l` of `L`, of one of `types`."""
+        """The value of `alpha` or `attn.in` in block `l` of `L`, which must be one of `types`."""
         group, _, name = key.rpartition(".")
         formula = getattr(self, group)[name] if group else getattr(self, key)
         expected = "a finite number" if types == (float,) else "true, false or a norm's name"
-        expected += ", or a formula of it in l and L"
+        expected += ", or a formula in l and L"
         try:
             value = calculate(formula, l, L)
         except ValueError as error:
@@ -208,7 +208,7 @@ class Config:
 
     norm  the name of a registered norm and its own options
     init  `from`: a run directory whose trained weights this run starts from; `swap_norm`: the norm
-          that takes the place of that run's
+          that replaces that run's norm
     """
 
     seed: int = MISSING
@@ -238,17 +238,17 @@ class Config:
             check_choice("init", key, INIT)
             check(value is None or isinstance(value, str), f"init.{key}", value, "text")
         if self.init["swap_norm"] and not self.init["from"]:
-            raise ConfigError("init.swap_norm: of which run? add init.from=RUN_DIR")
+            raise ConfigError("init.swap_norm needs a trained run; add init.from=RUN_DIR")
 
     def identity(self) -> dict[str, Any]:
-        """The configuration without what cannot change a result: where it is written and shown."""
+        """The configuration without `run_dir` and `wandb`, which cannot change a result."""
         return {k: v for k, v in asdict(self).items() if k not in ("run_dir", "wandb")}
 
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def run_name(self) -> str:
-        """`layer-pre-bs16-s1337-3f9a12bc`: to read, and different for different configurations."""
+        """`layer-pre-bs16-s1337-3f9a12bc`: readable, and different for each configuration."""
         norm, placement = self.norm["name"], self.placement.name
         return f"{norm}-{placement}-bs{self.train.batch_size}-s{self.seed}-{self.hash()[:8]}"
 
@@ -306,7 +306,7 @@ def typed(raw: Any) -> Any:
 
 
 def refuse_additions(raw: Any, cfg: Any, prefix: str = "") -> None:
-    """Hydra's `+key=value` may add what the schema does not have; nothing would ever read it."""
+    """Refuse keys that Hydra's `+key=value` added to the schema: nothing would read them."""
     known = [field.name for field in fields(cfg)]
     for key in map(str, raw):
         if key not in known:
@@ -325,7 +325,7 @@ def save_config(cfg: Config, path: Path) -> None:
 
 
 def no_interpolation(text: str) -> str:
-    """`text` so that OmegaConf takes each ${ in it for these two characters."""
+    """`text`, escaped so that OmegaConf reads each ${ literally."""
     return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
 
 

@@ -1,11 +1,11 @@
-"""Values that depend on depth, as a placement's yaml writes them.
+"""Formulas for values that depend on depth, as in a placement's yaml.
 
-    alpha: (2*L)**(1/4)            a number, in l = 1 … L, the block, and L = model.n_layer
+    alpha: (2*L)**(1/4)            a number; l = 1 … L is the block, L = model.n_layer
     in: l > L/4                    whether a slot holds the run's norm
     out: rms if l == 1 else layer  which norm a slot holds
 
-Arithmetic, comparisons, and, or, not, `… if … else …`, sqrt and log; nothing else is understood or
-ever run.
+Formulas have arithmetic, comparisons, and, or, not, `… if … else …`, sqrt and log. Anything else is
+refused and never run.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
-LONGEST = 200  # characters; Python's parser runs out of memory on what nests too deeply
+LONGEST = 200  # characters; Python's parser runs out of memory on deep nesting
 FUNCTIONS: dict[str, Callable[[float], float]] = {"sqrt": math.sqrt, "log": math.log}
 
 
 def calculate(formula: Any, l: int, L: int) -> float | bool | str:  # noqa: E741
     """The value of `formula` at block `l` of `L`; a name other than l and L stands for itself.
 
-    Numbers are floats. ValueError where it is no formula or has no value there.
+    Numbers are floats. ValueError if it is not a formula or has no value at that block.
     """
 
     def number(node: ast.AST) -> float:

@@ -1,8 +1,8 @@
-"""GPT-2 with a norm, or none, at every place where a norm can stand.
+"""GPT-2 with an optional norm at every place where a norm can stand.
 
-The shape of the model is nanoGPT's: learned positions, fused qkv, tied head; with the tanh-GELU and
-the biases that GPT-2 has. What is new is one equation, `Sublayer`. Sizes: B batch, T time,
-C = n_embd, nh = n_head, hs = C / nh.
+The architecture is nanoGPT's (learned positions, fused qkv, tied head), with GPT-2's tanh-GELU and
+biases. One equation is new: `Sublayer`. Sizes: B batch, T time, C = n_embd, nh = n_head,
+hs = C / nh.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MakeNorm = Callable[[str, int], nn.Module]
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What a placement says of one block, beside its norms.
+    """A placement's settings for one block, apart from its norms.
 
     alpha     α, the weight of the residual stream
-    scale     s, the factor on what `in` gives
-    parallel  attention and MLP side by side, on the same normalised input
+    scale     s, the factor on the output of `in`
+    parallel  whether attention and MLP run side by side on the same normalised input
     std       of the initial weights: 0.02 (GPT-2), or None for Xavier's √(2 / (fan_in + fan_out))
-    gain      factors on it for `q`, `k`, `v`, `o` (attention's output), `fc1`, `fc2` (the MLP's)
+    gain      factors on these: `q`, `k`, `v`, `o` (attention's output), `fc1`, `fc2` (the MLP's)
     """
 
     alpha: float = 1.0
@@ -46,9 +46,9 @@ class BlockPlan:
 def add_norm(
     norm: nn.Module, x: Tensor, branch: Tensor | None, stays: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(norm(x + branch), x + branch): one pass over memory for a norm that `adds` by itself.
+    """(norm(x + branch), x + branch). A norm that `adds` computes both in one pass over memory.
 
-    stays  whether what the norm gives is the residual stream, which keeps its type under autocast
+    stays  whether the norm's output is the residual stream, which keeps its dtype under autocast
     """
     if branch is None:
         return norm(x), x
@@ -59,17 +59,17 @@ def add_norm(
 
 
 class Sublayer(nn.ModuleDict, ABC):
-    """y = after(α·x + out(f(s·in(x)))), f being attention or the MLP: the placement equation.
+    """y = after(α·x + out(f(s·in(x)))), with f attention or the MLP: the placement equation.
 
         x_in = self["in"](x)
         branch = self["out"](self.f(s * x_in))
         x = self["after"](alpha * x + branch)
 
-    `forward` equals these three lines. If `after` is empty it passes the stream on as two summands,
+    `forward` computes these three lines. If `after` is empty it returns the stream as two summands,
     (x, branch), so that the next norm can add and normalise in one pass, see `add_norm`.
     """
 
-    # Where a norm can stand, some of them inside f: its width in units of C.
+    # The places of norms, some of them inside f, and each norm's width in units of C.
     slots: ClassVar[dict[str, int]]
 
     def __init__(
@@ -159,8 +159,8 @@ class GPT(nn.Module):
 
     make_norm  the norm at a site, see `MakeNorm`
     plans      one for each block
-    seed       of the initial weights: each parameter has a stream of its own, so that models that
-               differ in their norms share all other weights
+    seed       of the initial weights. Each parameter has its own random stream, so that models that
+               differ only in their norms share all other weights
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, plans: Sequence[BlockPlan], seed: int) -> None:
-        """Embeddings N(0, 0.02²), biases 0, the others as their block's plan says."""
+        """Embeddings: N(0, 0.02²). Biases: 0. Other weights: as their block's plan says."""
 
         def init(name: str, module: nn.Linear | nn.Embedding, std: float) -> None:
             generator = torch.Generator().manual_seed(stream_seed(seed, f"init/{name}"))

@@ -1,4 +1,4 @@
-"""From a configuration to a model: which norm stands at which site, and what goes with it."""
+"""Builds the model of a configuration: chooses the norm at each site and each block's plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpt.norms.registry import build_norm, name_of, sizes
 
 
 def slot(placement: PlacementConfig, site: str, n_layer: int) -> bool | str:
-    """What stands at `site`, of n_layer blocks: `h.3.attn.in` → placement.attn.in in block 4."""
+    """The slot at `site`, for n_layer blocks: `h.3.attn.in` is placement.attn.in in block 4."""
     if site in ("embd_norm", "final_norm"):
         return placement.value(site, 1, n_layer, bool, str)
     _, i, part, name = site.split(".")
@@ -38,7 +38,7 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
     L = cfg.model.n_layer
 
     def make_norm(site: str, width: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):  # a norm of the user's may draw initial weights
+        with torch.random.fork_rng(devices=[]):  # a user's norm may draw initial weights
             torch.default_generator.manual_seed(stream_seed(cfg.seed, f"init/{site}"))
             return norm_at(site, width)
 
@@ -58,7 +58,7 @@ def build_model(cfg: Config, vocab_size: int) -> GPT:
 
 
 def refuse_single_values(model: GPT, cfg: Config) -> None:
-    """ConfigError where a norm would take the variance of one value, which is 0."""
+    """ConfigError if a norm would take the variance of one value, which is 0."""
     sizes = {"B": cfg.train.batch_size, "T": cfg.model.block_size}
     keys = {"B": "train.batch_size", "T": "model.block_size"}
     for norm in norms_of(model):
@@ -66,5 +66,5 @@ def refuse_single_values(model: GPT, cfg: Config) -> None:
         if over and all(sizes[axis] == 1 for axis in over):
             larger = " or ".join(keys[axis] for axis in over)
             raise ConfigError(
-                f"norm={name_of(norm)}: one value a feature has no spread; raise {larger}"
+                f"norm={name_of(norm)}: one value per feature has variance 0; raise {larger}"
             )

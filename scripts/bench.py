@@ -1,9 +1,9 @@
-"""How fast a training step is, beside nanoGPT's: python scripts/bench.py NANOGPT [OVERRIDES]
+"""Compares the speed of a training step with nanoGPT's: python scripts/bench.py NANOGPT [OVERRIDES]
 
 NANOGPT is a clone of github.com/karpathy/nanoGPT. Its model, with biases, and its optimizer take
-the steps of its train.py, in turns with those of the default run or what OVERRIDES make of it (A B
-A B …), on the same batch: the medians, and their ratio. On CUDA nanoGPT has our deterministic
-kernels then, and not its TF32. No run is written.
+the steps of its train.py. Steps of the default run, changed by OVERRIDES, alternate with these (A B
+A B …) on the same batch. The script prints both medians and their ratio. On CUDA nanoGPT then uses
+our deterministic kernels and not its TF32. No run is written.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from gpt.training.step import update
 from gpt.training.trainer import Run
 
 STEPS = 20
-Step = Callable[[], Tensor]  # takes a step; its loss
+Step = Callable[[], Tensor]  # takes a step and returns its loss
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("nanogpt", type=Path, help="the folder of its model.py")
-    parser.add_argument("override", nargs="*", help="of the default run, as for scripts/train.py")
+    parser.add_argument("nanogpt", type=Path, help="the folder with nanoGPT's model.py")
+    parser.add_argument("override", nargs="*", help="an override, as for scripts/train.py")
     arguments = parser.parse_args()
     if not (arguments.nanogpt / "model.py").is_file():
         raise MissingInput(f"{arguments.nanogpt}/model.py: no such file; clone nanoGPT there")
@@ -50,7 +50,7 @@ def main() -> None:
         return update(run.cfg, state, forward, batches, run.device, collecting=False)[0].loss
 
     theirs = nanogpt_step(arguments.nanogpt, run, batches)
-    for step in (ours, theirs) * 3:  # compiled, warm
+    for step in (ours, theirs) * 3:  # compile and warm up
         step().item()
     pairs = [(milliseconds(ours), milliseconds(theirs)) for _ in range(STEPS)]
     a, b = (statistics.median(times) for times in zip(*pairs, strict=True))

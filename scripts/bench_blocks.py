@@ -1,9 +1,10 @@
-"""Two GPT-2 blocks with each LayerNorm on this GPU: python scripts/bench_blocks.py
+"""Times two GPT-2 blocks with each LayerNorm on this GPU: python scripts/bench_blocks.py
 
-Forward and backward under autocast, as written and compiled: under torch.compile a kernel of one's
-own keeps Inductor from fusing its neighbours, so only blocks tell. Median milliseconds from an idle
-device on, in turns: launched by Python, and replayed as a CUDA graph, which is what the device
-takes. The kernels alone, beside other packages': bench_norms.py.
+It times forward and backward under autocast, eager and compiled. Only blocks show the full cost:
+under torch.compile a custom kernel keeps Inductor from fusing the operations around it. It prints
+median milliseconds from an idle device on, taken in turns: launched by Python, and replayed as a
+CUDA graph, which shows the device time. bench_norms.py times the kernels alone, with those of other
+packages.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from gpt.norms.layer import LayerNorm
 
 
 def from_idle(call: Callable[[], Any]) -> float:
-    """Milliseconds of a call from an idle device on, with the time that the host takes."""
+    """Milliseconds of a call that starts on an idle device, including the host's time."""
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

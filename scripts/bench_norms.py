@@ -1,11 +1,11 @@
-"""LayerNorm kernels side by side on this GPU: python scripts/bench_norms.py [OUT_DIR]
+"""Compares LayerNorm kernels on this GPU: python scripts/bench_norms.py [OUT_DIR]
 
-Forward and backward of N rows of C features, with and without the residual add, cold (the L2 cache
-flushed before each call) and warm, by this project's kernel and every peer that imports, in turns.
-Prints medians: time, bandwidth as a share of a copy measured in the same run, and the ratio to
-F.layer_norm. Only ours and the compiled one fuse the residual add and autocast's cast; the others
-have torch's beside them, as their public functions need. Writes bench_norms.json and
-bench_norms.png. What whole blocks gain: bench_blocks.py.
+It times this project's kernel and every installed peer in turns: forward and backward of N rows of
+C features, with and without the residual add, cold (the L2 cache is flushed before each call) and
+warm. It prints medians: time, bandwidth as a share of a copy measured in the same run, and the
+ratio to F.layer_norm. Only ours and the compiled one fuse the residual add and autocast's cast; the
+other kernels need separate torch kernels for these. It writes bench_norms.json and bench_norms.png.
+bench_blocks.py times whole blocks.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def ours(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor
 
 def native(x: Tensor, branch: Tensor | None, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     stream = x if branch is None else x + branch
-    # As the product after a norm needs it: F.layer_norm, under autocast, returns fp32.
+    # The next matrix product needs this cast: under autocast F.layer_norm returns fp32.
     return F.layer_norm(stream, w.shape, w, b, 1e-5).to(output_dtype(stream)), stream
 
 
 @cache
 def weights_as(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """As a kernel wants its weights; made once, for they would be parameters of that type."""
+    """The weights in a kernel's dtype; cached, since a model would keep them in that dtype."""
     same = weights.dtype == dtype
     return weights if same else weights.detach().to(dtype).requires_grad_()
 
 
 def peers() -> dict[str, Norm]:
-    """The kernels of other packages that are installed, by name, over a stream made by torch."""
+    """The kernels of other installed packages, by name; torch does the residual add."""
     found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
     try:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
@@ -66,7 +66,7 @@ def peers() -> dict[str, Norm]:
     try:
         from quack.rmsnorm import layernorm_bwd, layernorm_fwd
 
-        class Quack(torch.autograd.Function):  # which the package has for RMSNorm only
+        class Quack(torch.autograd.Function):  # the package has this for RMSNorm only
             @staticmethod
             def forward(ctx, x, w, b):  # type: ignore[no-untyped-def]
                 y, rstd, mean = layernorm_fwd(x, w, b, 1e-5, return_rstd=True, return_mean=True)
@@ -87,9 +87,9 @@ def peers() -> dict[str, Norm]:
         from apex.contrib.layer_norm.layer_norm import FastLayerNormFN
 
         def apex(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-            # Its output has the type of its weights.
+            # Its output has the dtype of its weights.
             dtype = output_dtype(w)
-            with torch.autocast("cuda", enabled=False):  # else it would cast x as well
+            with torch.autocast("cuda", enabled=False):  # otherwise autocast would also cast x
                 w, b = weights_as(w, dtype), weights_as(b, dtype)
                 return FastLayerNormFN.apply(x, w, b, 1e-5, False)
 
@@ -122,27 +122,27 @@ def peers() -> dict[str, Norm]:
 
 
 def bytes_moved(precision: str, direction: str, residual: bool) -> int:
-    """The least that one element costs: what must be read and written once."""
+    """Minimum bytes moved per element, each value being read or written once."""
     stream, other = {"bf16": (2, 2), "fp32": (4, 4), "autocast": (4, 2)}[precision]
     if direction == "forward":
         return stream + other + residual * (stream + other)
-    # Where the branch has another type than the stream, its gradient is written beside dx.
+    # If the branch's dtype differs from the stream's, its gradient is written in addition to dx.
     return 2 * stream + other + residual * (stream + (other if other != stream else 0))
 
 
-HOLDS = (1_000_000, 4_000_000, 16_000_000)  # clock cycles: half a millisecond and more
+HOLDS = (1_000_000, 4_000_000, 16_000_000)  # clock cycles: half a millisecond or more
 
 
 def held(call: Callable[[], Any], flush: Tensor | None = None) -> float:
-    """Milliseconds that a call takes on the device; where `flush` is given, with a cold cache.
+    """Milliseconds that a call takes on the device, with a cold cache if `flush` is given.
 
-    The device is held while the host queues the call, which for a kernel of 10 µs takes Python 50
-    and more: longer, where the host was not in time. RuntimeError where it never is, as with a call
-    that waits for the device by itself: its time would be the host's.
+    The device is held while the host queues the call: for a kernel of 10 µs Python needs 50 µs or
+    more. If the host is late, the device is held longer. RuntimeError if the host is always late,
+    as for a call that itself waits for the device: the time would be the host's.
     """
     for cycles in HOLDS:
         if flush is not None:
-            flush.amax()  # read, not written: what is written goes to memory while others are timed
+            flush.amax()  # read only: written data would go to memory while the call is timed
         torch.cuda._sleep(cycles)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -158,8 +158,8 @@ def held(call: Callable[[], Any], flush: Tensor | None = None) -> float:
 def medians(
     calls: dict[str, Callable[[], Any]], timed: Callable[[Callable[[], Any]], float]
 ) -> dict[str, float]:
-    """The median time of each call, taken in turns, in another order each: what ran before leaves
-    its lines in the cache."""
+    """The median time of each call. Calls take turns in random order, because the previous call
+    leaves its data in the cache."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, rng = list(calls), random.Random(0)
     for _ in range(5):
@@ -173,7 +173,7 @@ def medians(
 
 
 def copy_bandwidth() -> float:
-    """Bytes a millisecond that a copy of 1 GiB reads and writes."""
+    """Bytes per millisecond that a copy of 1 GiB reads and writes."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / medians({"copy": lambda: target.copy_(source)}, held)["copy"]
@@ -201,7 +201,7 @@ def measure(
     w = torch.randn(C, device="cuda").to(stream).requires_grad_()
     b = torch.randn(C, device="cuda").to(stream).requires_grad_()
     inputs = [t for t in (x, branch, w, b) if t is not None]
-    torch._dynamo.reset()  # each case has a graph of its own, of fixed sizes
+    torch._dynamo.reset()  # each case has its own graph with fixed sizes
     norms = {**norms, "compiled": torch.compile(native, dynamic=False)}
     forward: dict[str, Callable[[], Any]] = {}
     backward: dict[str, Callable[[], Any]] = {}
@@ -215,7 +215,7 @@ def measure(
             y, total = run()
             outputs = [y] if branch is None else [y, total]
             gradients = [torch.randn_like(t) for t in outputs]
-            # Some peers have weights of their own.
+            # Some peers have their own weights.
             back = partial(
                 torch.autograd.grad,
                 *(outputs, inputs, gradients),
@@ -223,7 +223,7 @@ def measure(
                 allow_unused=True,
             )
             held(run), held(back)
-        except Exception as error:  # a peer that cannot do this case is left out of it
+        except Exception as error:  # a peer that cannot run this case is skipped
             print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
         forward[name] = run
@@ -238,16 +238,18 @@ def measure(
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("out", nargs="?", default=".", type=Path, help="a folder, made if need be")
+    parser.add_argument(
+        "out", nargs="?", default=".", type=Path, help="the output folder, created if missing"
+    )
     out = parser.parse_args().out
     if not torch.cuda.is_available():
         raise MissingInput("bench_norms needs a CUDA device")
     out.mkdir(parents=True, exist_ok=True)
-    flush = torch.zeros(64 << 20, device="cuda")  # 256 MiB: past any L2 cache
+    flush = torch.zeros(64 << 20, device="cuda")  # 256 MiB, larger than any L2 cache
     copy = copy_bandwidth()
     where = {**machine(), "copy_tb_per_s": copy / 1e9}
     print(json.dumps(where))
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else "compiled" would be eager
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise "compiled" would be eager
     norms = {"ours": ours, "native": native, **peers()}
     results: list[dict[str, Any]] = []
     report: dict[str, Any] = {"machine": where, "rows": results}
@@ -271,7 +273,7 @@ def main() -> None:
                         }
                         results.append(row)
                         print(describe(row))
-            # As it goes: a later failure loses nothing.
+            # Saved after each width, so that a later failure loses nothing.
             (out / "bench_norms.json").write_text(json.dumps(report, indent=1))
     draw(results, out / "bench_norms.png")
 
@@ -288,7 +290,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The share of the copy bandwidth by width, cold, with the residual: a panel for each case."""
+    """Plot the share of the copy bandwidth by width (cold, with residual), a panel per case."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,7 +1,7 @@
-"""What statistics cost: python scripts/bench_stats.py [OVERRIDES]
+"""Measures the cost of statistics: python scripts/bench_stats.py [OVERRIDES]
 
-Steps of the default run with and without them, in turns (A B A B …): the median ratio, and what
-that is of the training time at train.stats_every. No run is written.
+Steps of the default run with and without statistics alternate (A B A B …). The script prints the
+median times, their ratio and the share of training time at train.stats_every. No run is written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STEPS = 20
 
 
 def prepared(overrides: list[str]) -> tuple[Run, TrainState, TrainBatches]:
-    """What `overrides` make of the default run, before its first step, in no directory."""
+    """The default run with `overrides`, set up before its first step, without a directory."""
     register_schemas()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = typed(compose("train", overrides))
@@ -45,12 +45,12 @@ def prepared(overrides: list[str]) -> tuple[Run, TrainState, TrainBatches]:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("override", nargs="*", help="of the default run, as for scripts/train.py")
+    parser.add_argument("override", nargs="*", help="an override, as for scripts/train.py")
     run, state, batches = prepared(parser.parse_args().override)
     cfg, every = run.cfg, run.cfg.train.stats_every
 
     def seconds(collecting: bool) -> float:
-        state.step = 0  # each is the first: a run may have fewer than these
+        state.step = 0  # every step is step 1, since a run may have fewer steps than STEPS
         start = time.perf_counter()
         row, record = update(cfg, state, state.model, batches, run.device, collecting)
         if collecting:

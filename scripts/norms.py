@@ -1,4 +1,4 @@
-"""The norms: python scripts/norms.py, python scripts/norms.py batch, or --compare layer batch."""
+"""Show the norms: python scripts/norms.py, python scripts/norms.py batch, --compare layer batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gpt.common.terminal import say, show
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "name", nargs="?", help="print this norm's card; without it, all in a table"
+        "name", nargs="?", help="print the card of this norm; without it, a table of all norms"
     )
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two cards side by side")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="show cards side by side")
     parser.add_argument("--norm-module", help="a Python file that registers a norm of your own")
     args = parser.parse_args()
 
-    import gpt.norms  # noqa: F401  (registers them; torch takes seconds, --help does not)
+    import gpt.norms  # noqa: F401  (registers them; imported here, so that --help is fast)
     from gpt.norms.registry import load_module
     from gpt.probes import cards
 
@@ -26,7 +26,7 @@ def main() -> None:
         load_module(args.norm_module)
     if args.compare:
         lines: list[tuple[str, str]] = []
-        for part in zip(*map(cards.card, args.compare), strict=True):  # level with its like
+        for part in zip(*map(cards.card, args.compare), strict=True):  # aligned part by part
             lines += zip_longest(*part, fillvalue="")
         width = max(len(left) for left, _ in lines)
         for left, right in lines:

@@ -1,6 +1,6 @@
 """Tokenize a corpus without training: python scripts/prepare.py data=text data.path=FILE
 
-Training does so by itself; this is for large corpora, once, before many runs share them.
+Training also does this. Use this script for a large corpus, once, before many runs share it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Runs as a page: python scripts/report.py runs/norms, or several folders, such as two runs.
+"""Makes a page of runs: python scripts/report.py runs/norms, or several folders, such as two runs.
 
-Differences are to `norm=layer`; to something else with, say, baseline=placement=pre. Writes into
-the first folder, and prints the table: `report.html` (one file, works offline), the same tables as
-CSV and Markdown, and pictures: `losses.png`, `curves.png`, `lr.png`, `depth.png`.
+Differences are relative to `norm=layer`; baseline=placement=pre, for example, changes that. The
+script prints the table. Into the first folder it writes `report.html` (one file, works offline),
+the same tables as CSV and Markdown, and the pictures `losses.png`, `curves.png`, `lr.png` and
+`depth.png`.
 """
 
 from __future__ import annotations

@@ -41,12 +41,12 @@ def main(raw: DictConfig) -> None:
         counts = fold(model)
         if not counts["folded"] + counts["affine"]:
             raise ConfigError(
-                "fold=true: no norm of this run can be folded; a norm folds if in evaluation it "
-                "is x·scale + shift, which it says by as_affine()"
+                "fold=true: no norm of this run can be folded; a foldable norm is x·scale + "
+                "shift in evaluation, and its as_affine() returns these two"
             )
         print(
-            f"norms: {counts['folded']} folded into Linears, {counts['affine']} left as a scale "
-            f"and a shift, {counts['kept']} kept",
+            f"norms: {counts['folded']} folded into Linears, {counts['affine']} left as a "
+            f"multiply-add, {counts['kept']} kept",
             file=sys.stderr,
         )
     say(cfg.prompt, end="")

@@ -3,7 +3,7 @@
 # Run it in a notebook (Jupyter and VS Code read the `# %%` marks), or as `python scripts/tour.py`.
 # It takes about half a minute on two CPU cores and needs no network.
 
-# %% What shares a mean? LayerNorm a token's row, BatchNorm a feature's column over the batch.
+# %% Which numbers share a mean? In LayerNorm a token's row, in BatchNorm a feature's column.
 import torch
 
 import gpt
@@ -22,7 +22,7 @@ cfg = gpt.compose(
     "wandb.mode=disabled", "device=cpu", "run_dir=runs/tour",
 )  # fmt: skip
 
-# %% The corpus as tokens, and the model with its initial weights.
+# %% Make the corpus's tokens, and the model with its initial weights.
 data = gpt.prepare(cfg)
 model = gpt.build_model(cfg, data.tokenizer.n_vocab)
 print(model.final_norm)
@@ -45,19 +45,19 @@ with gpt.norm_step(model, 20, 20), gpt.collect(model) as record:
 for site, values in gpt.to_numbers(record)["sites"].items():
     print(f"{site:12} rms before {values['before']['rms']:.3f}, after {values['after']['rms']:.3f}")
 
-# %% Somebody else's model has sites too.
+# %% Statistics also work for a model that is not ours.
 theirs = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
 with gpt.collect(theirs) as record:
     theirs(x).sum().backward()
 print(gpt.to_numbers(record)["sites"]["1"]["before"])
 
-# %% The trainer: the same command again finds the run finished.
+# %% Train. The same call again finds the run finished.
 summary = gpt.train(cfg)
 
-# %% The trained model, and a text of it.
+# %% Load the trained model and generate text.
 model = gpt.load_model("runs/tour")
 tokenizer = gpt.load_tokenizer("runs/tour/tokenizer.json")
 print(gpt.generate(model, tokenizer, "The ", max_new_tokens=40))
 
-# %% A page of one run or of many: runs/tour/report.html.
+# %% Make a page of one run or several: runs/tour/report.html.
 gpt.report("runs/tour")

@@ -1,6 +1,6 @@
 """Train a GPT with any norm at any place: python scripts/train.py norm=layer placement=pre
 
-Several at once, a table at the end: python scripts/train.py -m norm=layer,rms seed=1,2
+Several runs, with a table at the end: python scripts/train.py -m norm=layer,rms seed=1,2
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(raw: DictConfig) -> None:
     else:
         refuse_another_name(raw, hydra_config.runtime.choices["norm"])
     cfg = typed(raw)
-    # After the configuration is checked: torch takes seconds.
+    # Imported after the configuration is checked, because torch takes seconds.
     from gpt.training.trainer import train
 
     if cfg.norm.get("module"):
@@ -43,7 +43,7 @@ def main(raw: DictConfig) -> None:
     sweep = hydra_config.runtime.choices.get("sweep")
     if sweep and not sweeping:
         raise ConfigError(f"sweep={sweep}: add -m to run it, or leave it out for one run")
-    if sweeping:  # on a terminal the sweep's own table shows how far its runs are
+    if sweeping:  # on a terminal the sweep's own table shows the progress
         train(cfg, root=Path(hydra_config.sweep.dir), quiet=sys.stdout.isatty())
     else:
         train(cfg)

@@ -62,13 +62,13 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def short_samples() -> None:
-    """Of the text at a run's end; 200 tokens take longer than a tiny training."""
+    """Shorten the sample at a run's end: 200 tokens take longer than a tiny training."""
     trainer.SAMPLE_TOKENS = SAMPLE_TOKENS
 
 
 @pytest.fixture(scope="session", autouse=True)
 def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token files of the tests land in a folder of their own, in subprocesses too."""
+    """Write token files to a temporary folder, in subprocesses too."""
     folder = tmp_path_factory.mktemp("data")
     os.environ["GPT_DATA"] = str(folder)
     return folder
@@ -100,17 +100,17 @@ def config(corpus: Path, tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.fixture
 def kernels_on_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CUDA LayerNorm takes tensors of the CPU, and its kernels run there. Of its own code all
-    runs but the driver's part; what it leaves unwritten is NaN."""
+    """The CUDA LayerNorm takes CPU tensors and runs its kernels on the CPU. All of its code runs
+    except the driver's part. Memory that it leaves unwritten is NaN."""
     pytest.importorskip("cuda.bindings")
     monkeypatch.setattr(layer_norm, "queue", ptx.queue)
-    monkeypatch.setattr(layer_norm, "multiprocessors", lambda _: 1)  # blocks take many rows
+    monkeypatch.setattr(layer_norm, "multiprocessors", lambda _: 1)  # each block takes many rows
     library = torch.library.Library("gpt_norms", "IMPL")
-    with warnings.catch_warnings():  # there is one that refuses
+    with warnings.catch_warnings():  # it replaces one that refuses CPU tensors
         warnings.simplefilter("ignore")
         library.impl("layer_norm", layer_norm.forward_cuda, "CPU", allow_override=True)
     library.impl("layer_norm_backward", layer_norm.backward_cuda, "CPU")
-    torch.use_deterministic_algorithms(True)  # fills what `empty` gives
+    torch.use_deterministic_algorithms(True)  # fills what `torch.empty` gives
     yield
     torch.use_deterministic_algorithms(False)
     library._destroy()

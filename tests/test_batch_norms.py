@@ -1,4 +1,4 @@
-"""The BatchNorm laboratory: statistics once a step, its discrepancy, folding; norms that change."""
+"""BatchNorms: statistics once a step, discrepancy, folding; norms that change in training."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def test_micro_batches_of_a_step_are_one_batch_to_the_running_statistics(
     parts.end_step()
     torch.testing.assert_close(parts.running_mean, whole.running_mean)
     torch.testing.assert_close(parts.running_var, whole.running_var)
-    parts.end_step()  # nothing seen since: nothing happens
+    parts.end_step()  # no new batch: nothing changes
     torch.testing.assert_close(parts.running_var, whole.running_var)
 
 
 def test_accumulation_updates_running_statistics_once_a_step(
     config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """torch's own would have moved them grad_accum times (pytorch#46516)."""
+    """torch's BatchNorm would update them grad_accum times (pytorch#46516)."""
     frozen = ["optim.lr=0", "optim.min_lr=0", "train.steps=1", "train.stats_every=0", "norm=batch"]
     means = []
     for accum, batch_size in ((1, 8), (4, 2)):
@@ -134,7 +134,7 @@ def test_folded_norms_give_the_same_logits(norm: str, placement: str) -> None:
     for module in norms_of(model):
         for parameter in module.parameters():
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        module.begin_step(100, 100)  # prepbn has no RMSNorm left
+        module.begin_step(100, 100)  # prepbn's share of RMSNorm is now 0
     idx = torch.randint(61, (4, 32), generator=generator)
     for _ in range(3):
         model.train()(idx)
@@ -171,7 +171,7 @@ def test_sampling_folds_on_request_and_says_the_same(corpus: Path, tmp_path: Pat
         assert result.returncode == 0, result.stderr
         texts.append(result.stdout)
     assert texts[0] == texts[1]
-    assert result.stderr == "norms: 4 folded into Linears, 1 left as a scale and a shift, 0 kept\n"
+    assert result.stderr == "norms: 4 folded into Linears, 1 left as a multiply-add, 0 kept\n"
 
 
 # --- norms that change while training -----------------------------------------------------------
@@ -196,14 +196,14 @@ def test_annealing_ends_in_a_division_by_a_constant() -> None:
     torch.testing.assert_close(norm(x), nn.LayerNorm(5)(x))
     std = (x.var(-1, unbiased=False) + 1e-5).sqrt().mean()
     torch.testing.assert_close(norm.running_std, std)
-    norm(3 * x)  # the second of two
+    norm(3 * x)  # σ̄ is now the mean of σ and 3σ
     torch.testing.assert_close(norm.running_std, 2 * std)
-    norm(2 * x)  # the third of three
+    norm(2 * x)  # the mean of σ, 3σ and 2σ
     torch.testing.assert_close(norm.running_std, 2 * std)
     std = norm.running_std.clone()
-    norm.begin_step(9, 11)  # 80% are done
+    norm.begin_step(9, 11)  # 80% of the steps are done
     centred = x - x.mean(-1, keepdim=True)
-    torch.testing.assert_close(norm(2 * x), 2 * centred / std)  # σ̄ stays: it is linear now
+    torch.testing.assert_close(norm(2 * x), 2 * centred / std)  # σ̄ is fixed: it is linear now
     torch.testing.assert_close(norm.running_std, std)
     norm.begin_step(6, 11)
     assert norm.fade.item() == pytest.approx(0.5)
@@ -235,7 +235,7 @@ def test_annealing_and_power_norm_see_micro_batches_as_one_batch() -> None:
 
 
 def test_rbn_s_penalty_pulls_both_the_mean_and_the_variance() -> None:
-    """Its gradient, against finite differences."""
+    """Checks its gradient against finite differences."""
     for weights in (
         {"mean_weight": 2.0, "var_weight": 0.0},
         {"mean_weight": 0.0, "var_weight": 3.0},
@@ -276,7 +276,7 @@ def test_rbn_s_penalty_is_minimised_and_not_logged(
 ) -> None:
     norm, x = RegularisedBatchNorm(2, mean_weight=2.0, var_weight=3.0), torch.zeros(1, 2, 2)
     x[0, :, 0] = torch.tensor([1.0, 3.0])  # means 2, 0; biased variances 1, 0
-    norm.running_mean[0] = 0.5  # the others 0; running variances 1
+    norm.running_mean[0] = 0.5  # the other is 0; running variances are 1
     norm(x)
     assert float(NormStep([norm]).extra_loss()) == pytest.approx(2 * (1.5**2 + 0) + 3 * (0 + 1))
     for weight in (0, 10):
@@ -300,7 +300,7 @@ def test_power_norm_s_warm_up_ends_after_its_steps() -> None:
 
 
 def test_power_norm_after_its_warm_up_is_the_paper_s_algorithm() -> None:
-    """Forward by the steps' running ψ, backward by Γ, Λ and ν, written out for three steps."""
+    """Forward with the running ψ, backward with Γ, Λ and ν, written out for three steps."""
     norm = PowerNorm(4, momentum=0.1, warmup_steps=0, eps=1e-12).double()
     norm.deferred = True
     psi2, nu = torch.ones(4).double(), torch.zeros(4).double()

@@ -1,4 +1,4 @@
-"""What of the benchmarks of the CUDA LayerNorm needs no GPU."""
+"""The parts of the CUDA LayerNorm's benchmarks that need no GPU."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_benchmark_s_table_and_plot_hold_what_was_measured(
 def test_a_call_that_the_host_queued_too_late_is_timed_again(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the host's time would pass for the device's."""
+    """Otherwise the host's time would count as the device's."""
     log: list[Any] = []
 
     class Event:
@@ -71,8 +71,8 @@ def test_a_call_that_the_host_queued_too_late_is_timed_again(
             log.append("waited")
 
         def query(self) -> bool:
-            """Whether the device is here: at the first event, unless held for a while, when the
-            call and the second are queued; at the end after waiting."""
+            """Whether the device has passed this event. It passes the first one before the call is
+            queued, unless it was held long enough; after waiting it has passed all."""
             held, start, *queued, _ = log[-4:]
             return "waited" in queued or self is not start or held < enough
 

@@ -18,7 +18,7 @@ def test_every_norm_has_a_card(norm_name: str) -> None:
     text = "\n".join(lines(norm_name))
     assert text.startswith(f"{norm_name}: {NORMS[norm_name].__name__}\n")
     assert "in training: " in text
-    assert "what the norm gives, as training begins" in text
+    assert "the norm's output at the start of training" in text
 
 
 def line(name: str, start: str) -> list[float]:
@@ -41,7 +41,7 @@ def test_gamma_s_gradient_on_the_card_is_the_sum_over_tokens() -> None:
 
 
 def test_the_card_shows_why_batch_norm_fails_on_one_sample() -> None:
-    # Of token C, (7 − 4)/√9: the running variance is unbiased, 9 and not 6.
+    # Token C gives (7 − 4)/√9: the running variance is unbiased, so 9 and not 6.
     assert line("batch", "with running statistics") == [1, 1, 1]
     assert line("batch", "with its own, a batch of one") == [0, 0, 0]
 
@@ -72,11 +72,11 @@ def test_the_program_lists_all_norms_and_compares_two() -> None:
     result = run_program(script="norms")
     assert result.returncode == 0, result.stderr
     assert all(f" {name} " in result.stdout for name in BUILDABLE)
-    assert result.stderr == ""  # its norms are in a step
+    assert result.stderr == ""  # no warning: its norms run inside a step
     both = run_program("--compare", "layer", "batch", script="norms").stdout
     assert "layer: LayerNorm" in both
     assert "│  batch: BatchNorm" in both
-    assert "token 1   · · · ·     · · · ·  " in both  # what is drawn stands side by side
+    assert "token 1   · · · ·     · · · ·  " in both  # the drawings are side by side
     assert "-0.000" not in both
     assert run_program("prepbn", script="norms").stderr == ""
     wrong = run_program("batc", script="norms")

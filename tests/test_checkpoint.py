@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, damage noticed, nothing pickled."""
+"""Checkpoints are complete or absent, damage is detected, and nothing is pickled."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_manifest_that_lists_nothing_is_no_proof(run_dir: Path) -> None:
 def test_weights_of_another_model_are_named(run_dir: Path) -> None:
     cfg = run_dir / "config.yaml"
     cfg.write_text(cfg.read_text().replace("n_embd: 32", "n_embd: 16"))
-    with pytest.raises(DataError, match="step_6: its weights are of another model"):
+    with pytest.raises(DataError, match="step_6: its weights do not fit the model"):
         load_model(run_dir)
 
 
@@ -96,7 +96,7 @@ def test_weights_of_another_model_are_named(run_dir: Path) -> None:
 def test_rows_that_are_gone_are_missed(
     run_dir: Path, config: Callable[..., Config], content: str
 ) -> None:
-    """Else the curve would begin in the middle, and the summary be of half a run."""
+    """Otherwise the curve would begin in the middle and the summary cover half a run."""
     (run_dir / "DONE").unlink()
     shutil.rmtree(run_dir / "checkpoints" / "step_6")
     (run_dir / "metrics.jsonl").write_text(content)
@@ -155,7 +155,7 @@ def test_other_tokens_are_refused(
     cfg = run_dir / "config.yaml"
     old = next(line for line in cfg.read_text().splitlines() if line.startswith("  path:"))
     cfg.write_text(cfg.read_text().replace(old, f"  path: {text}"))
-    with pytest.raises(DataError, match=r"its corpus_sha256 was [0-9a-f]{64}, here"):
+    with pytest.raises(DataError, match=r"its corpus_sha256 was [0-9a-f]{64} and is now"):
         train(config("norm=batch", f"run_dir={run_dir}", f"data.path={text}"))
 
 
@@ -166,14 +166,14 @@ def test_a_finished_run_on_a_text_that_changed_is_not_taken_for_this_one(
     text.write_text("one text\n" * 500)
     train(config(f"data.path={text}"))
     text.write_text("another text\n" * 500)
-    with pytest.raises(DataError, match="is finished, on another text than now"):
+    with pytest.raises(DataError, match="has finished on another text"):
         train(config(f"data.path={text}"))
 
 
 def test_a_finished_run_on_another_split_of_the_text_is_not_taken_for_this_one(
     tmp_path: Path, config: Callable[..., Config]
 ) -> None:
-    """The same documents' text, cut elsewhere: every tenth document is validation."""
+    """The same text in different documents: every tenth document is validation."""
     words, path = [f"some text {i} " * 20 for i in range(40)], tmp_path / "docs.jsonl"
     where = ["data=hf", f"data.path={path}"]
     for texts in (words, [a + b for a, b in zip(words[::2], words[1::2], strict=True)]):
@@ -185,9 +185,9 @@ def test_a_finished_run_on_another_split_of_the_text_is_not_taken_for_this_one(
 
 
 def test_equal_numbers_written_otherwise_are_named(config: Callable[..., Config]) -> None:
-    """Their hashes differ, and with them the names of runs."""
+    """Their hashes differ, and so do the names of the runs."""
     train(config("norm.eps=1"))
-    with pytest.raises(ConfigError, match=r"norm.eps=1 there, 1.0 now"):
+    with pytest.raises(ConfigError, match=r"norm.eps=1, and now it is 1.0"):
         train(config("norm.eps=1.0"))
 
 
@@ -195,7 +195,7 @@ def test_a_run_without_its_config_file_is_not_resumed_as_another(
     run_dir: Path, config: Callable[..., Config]
 ) -> None:
     (run_dir / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match="finished under another configuration"):
+    with pytest.raises(ConfigError, match="finished with another configuration"):
         train(config("norm=batch", f"run_dir={run_dir}", "optim.lr=1e-3"))
     (run_dir / "DONE").unlink()
     with pytest.raises(DataError, match="its configuration was"):

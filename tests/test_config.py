@@ -1,4 +1,4 @@
-"""The configuration: what is wrong is refused in one line with exit 78; every yaml composes."""
+"""The configuration: errors are one line with exit code 78; every yaml composes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
     ("override", "expected"),
     [
         ("norm=layr", "rbn, repbn, rms, scale; did you mean 'layer'?"),
-        ("init.swap_norm=rms", "init.swap_norm: of which run? add init.from=RUN_DIR"),
+        ("init.swap_norm=rms", "init.swap_norm needs a trained run; add init.from=RUN_DIR"),
         ("init.swap=rms", "did you mean 'init.swap_norm'?"),
         ("norm.epz=1", "norm.epz: norm=layer has no such key; did you mean 'norm.eps'?"),
         ("norm.name=layr", "did you mean 'layer'?"),
@@ -73,9 +73,9 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("device=cuda:x", "device=cuda:x: expected"),
         ("placement=per", "parallel, peri, post, pre, reordered, subln; did you mean 'peri'?"),
         ("placement.alpha=1/l-M", "placement.alpha=1/l-M: expected a finite number, or a formula"),
-        ("placement.alpha='import os'", "expected a finite number, or a formula of it in l and L"),
-        ("placement.scale='9**9**9**9'", "expected a finite number, or a formula of it in l and L"),
-        ("placement.alpha='1/(l-3)'", "expected a finite number, or a formula of it in l and L"),
+        ("placement.alpha='import os'", "expected a finite number, or a formula in l and L"),
+        ("placement.scale='9**9**9**9'", "expected a finite number, or a formula in l and L"),
+        ("placement.alpha='1/(l-3)'", "expected a finite number, or a formula in l and L"),
         ("placement.attn.in='l*2'", "expected true, false or a norm's name, or a formula"),
         ("placement.init.fc=2", "did you mean 'placement.init.fc2'?"),
         ("placement.parallel=true", "set placement.mlp.in=false"),
@@ -95,7 +95,7 @@ def refusal(*overrides: str) -> tuple[str, int | None]:
         ("~norm.name", "norm.name=None: expected a norm's name"),
         ("norm=[", "norm=[: Hydra cannot read the value; quote it twice: \"norm='VALUE'\""),
         ("norm", "norm: expected KEY=VALUE, such as norm=layer"),
-        ("norm=layer,rms", "norm=layer,rms: one value expected; add -m to run one after another"),
+        ("norm=layer,rms", "norm=layer,rms: expected one value; add -m to run several in turn"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_78(override: str, expected: str) -> None:
@@ -131,11 +131,11 @@ def test_a_norm_s_name_beside_another_norm_leads_to_what_works() -> None:
 
 
 def test_a_reader_that_has_gone_is_no_error_to_talk_about() -> None:
-    """As with `… | head`: the exit code of a program that the signal ended, and not a word."""
+    """For example `… | head`: the exit code is that of SIGPIPE, and stderr is empty."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "scripts/train.py", "--help"]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # written at the end
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # written at exit
     result = subprocess.run(command, cwd=REPO, stdout=writer, stderr=subprocess.PIPE, env=env)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, b"")
@@ -168,12 +168,12 @@ def test_every_sweep_composes_and_its_parameters_exist(path: Path) -> None:
         ]
         for some in zip_longest(*grid):  # each value of each key
             typed(compose("train", [override for override in some if override]))
-    for group in own.keys() - {"hydra"}:  # what the file says beside its grid is what its cells get
+    for group in own.keys() - {"hydra"}:  # cells get the values outside the grid
         assert {k: raw[group][k] for k in own[group]} == dict(own[group])
 
 
 def test_the_wandb_sweep_asks_what_the_sweep_file_asks() -> None:
-    """Its agent's arguments are overrides of ours; the two files are one question."""
+    """The agent's arguments are overrides of ours; both files define the same sweep."""
     agent = OmegaConf.load(CONFIGS / "wandb_sweep.yaml").parameters
     ours = OmegaConf.load(CONFIGS / "sweep" / "norms.yaml")
     asked = {k: list(spec["values"]) for k, spec in agent.items() if "values" in spec}
@@ -219,7 +219,7 @@ def test_a_usage_error_is_one_line_and_64(script: str, args: list[str], words: s
 
 
 def arrived(prompt: str) -> str:
-    """What Hydra makes of it."""
+    """The prompt as Hydra parses it."""
     override = OverridesParser.create().parse_override(literal(f"prompt={prompt}", "prompt"))
     return str(OmegaConf.create({"prompt": override.value()}).prompt)
 
@@ -270,7 +270,7 @@ def test_no_config_names_a_callable() -> None:
 
 
 def test_a_bug_is_told_whole_and_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
-    """And is not kept: in a sweep its frames would hold the cell's model to the end."""
+    """The exception is not kept: its frames would hold a cell's model until a sweep ends."""
     with pytest.raises(RuntimeError) as raised:
         raise RuntimeError("boom")
     assert errors.tell(raised.value) == 1
@@ -280,8 +280,8 @@ def test_a_bug_is_told_whole_and_exits_1(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_an_interrupt_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing catches it, before or after the training."""
-    monkeypatch.setattr(argparse.ArgumentParser, "error", None)  # `run` sets it for good
+    """If nothing catches it, as before and after the training."""
+    monkeypatch.setattr(argparse.ArgumentParser, "error", None)  # `run` sets it permanently
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
 
     def interrupted() -> None:

@@ -1,7 +1,7 @@
-"""What every norm must do and be, whatever its name: pytest --norm NAME runs it for one norm.
+"""The properties that every registered norm must have. For one norm: pytest --norm NAME
 
-Nothing here knows a norm, but for `references.py`: a norm that registers itself is tested. One of
-your own: pytest --norm-module=my_norms.py --norm NAME.
+Nothing here depends on a particular norm, except `references.py`: registering a norm is enough.
+For a norm of your own: pytest --norm-module=my_norms.py --norm NAME
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_it_is_its_formula_to_the_last_digits(
 
 
 def test_its_eps_is_the_one_that_it_was_given(norm_name: str) -> None:
-    """On rows so small that ε counts: the output is another, and its formula's."""
+    """On rows so small that ε matters, the output changes and still follows the formula."""
     build, x = make(norm_name), 0.1 * randn(3, T, 8)
     if not hasattr(build(8), "eps"):
         return
@@ -106,7 +106,7 @@ def test_it_runs_under_autocast(norm_name: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_never_covered_up(norm_name: str, bad: float, training: bool) -> None:
-    """A named error, or it is seen in the output; or, of infinity, the formula has a limit."""
+    """It raises ValueError, shows in the output, or (infinity) gives the formula's limit."""
     norm, x = trained(make(norm_name)(8)).train(training), randn(3, T, 8)
     x[1, 2, 3] = bad
     try:
@@ -160,7 +160,7 @@ def test_one_token_of_one_sample_can_be_evaluated(norm_name: str) -> None:
 @pytest.mark.parametrize("training", mostly_long([True, False], True))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_it_compiles_without_a_graph_break(norm_name: str, training: bool) -> None:
-    """In value, gradients and running statistics as it is, over several steps of a training."""
+    """Values, gradients and running statistics equal the eager norm's over several steps."""
     torch._dynamo.reset()
     results = []
     for compiling in (False, True):
@@ -197,7 +197,7 @@ def test_its_yaml_builds_it_and_its_docstring_says_what_it_is(norm_name: str) ->
     cls = NORMS[norm_name]
     doc = inspect.getdoc(cls) or ""
     if not cls.__module__.startswith("gpt.norms."):
-        return  # yours: a yaml and a card are up to you
+        return  # a norm of your own needs no yaml and no card
     raw = OmegaConf.load(REPO / "configs" / "norm" / f"{norm_name}.yaml")
     raw = OmegaConf.merge({"model": {"block_size": T}}, {"norm": raw})
     options = OmegaConf.to_container(raw.norm, resolve=True)

@@ -1,4 +1,4 @@
-"""A run that diverges: no weight moves, and where it began is named."""
+"""A run that diverges: no weight changes, and the site where it began is named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.tools.programs import run_program
 
 
 def test_steps_after_the_first_that_is_not_finite_are_not_told() -> None:
-    """An accelerator has taken them before its losses are read."""
+    """An accelerator has taken these steps before their losses are read."""
     losses = [2.0, math.nan, 1.0, 1.0]
     rows = [Row(i, 1e-3, torch.tensor(loss), torch.tensor(1.0)) for i, loss in enumerate(losses)]
     assert [row["step"] for row in read(rows)] == [0, 1]
@@ -47,7 +47,7 @@ def test_a_run_that_diverges_stops_before_the_update_and_names_step_and_site(
 
     def probed(*args: Any) -> Sight:
         sight = probe(*args)
-        calls["train"] = 0  # from here on: the probe trains nothing
+        calls["train"] = 0  # count from here on: the probe is not training
         return sight
 
     def poisoned(self: LayerNorm, x: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_a_run_that_diverges_stops_before_the_update_and_names_step_and_site(
         train(config())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["diverged_at"] == 5
-    with pytest.raises(Diverged, match="diverged at step 5 before, and is not tried again"):
+    with pytest.raises(Diverged, match="diverged at step 5 earlier; it is not tried again"):
         train(config())
     assert checkpoints(tmp_path / "run")[0].name == "step_4"
     assert torch.isfinite(load_model(tmp_path / "run").wte.weight).all()
@@ -82,7 +82,7 @@ def test_a_run_that_diverges_stops_before_the_update_and_names_step_and_site(
 def test_the_site_that_is_named_is_that_of_the_step_itself(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever running statistics have become in it: they are put back."""
+    """Running statistics that the step has changed are restored for the search."""
     from gpt.probes.stats import first_nonfinite
     from gpt.training import trainer
 
@@ -129,7 +129,7 @@ def first_state(cfg: Config) -> tuple[Run, TrainState, TrainBatches]:
 def test_the_site_of_a_step_is_found_after_further_steps(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On CUDA a few are taken before its loss is read."""
+    """On CUDA a few more steps are taken before its loss is read."""
 
     class Third(BatchNorm):
         step = 0
@@ -207,7 +207,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(
 
     update(cfg, state, infinite, batches, run.device, collecting=False)  # type: ignore[arg-type]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    # On CUDA more steps follow before it is seen: the cause is looked for in these weights.
+    # On CUDA more steps follow before it is noticed; the cause is searched in these weights.
     update(cfg, state, model, batches, run.device, collecting=False)
     assert torch.equal(model.wte.weight, before["wte.weight"]) == fused
     assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""The program from Python: a notebook's names, loops of one's own, models that are not ours."""
+"""Use from Python: a notebook's names, custom training loops, models that are not ours."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_configuration_s_groups_have_the_defaults_of_their_files() -> None:
 def test_a_loop_of_one_s_own_trains_as_the_trainer_does(
     config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """By a norm that needs all of it: a schedule, running statistics and an extra loss."""
+    """The norms here need a schedule, running statistics and an extra loss."""
     for norm in ("rbn", "prepbn"):
         cfg = config(f"norm={norm}", f"run_dir={tmp_path}/{norm}", "optim.grad_clip=0")
         summary = gpt.train(cfg)
@@ -105,7 +105,7 @@ def test_a_plain_norm_needs_no_norm_step(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_hook_that_is_misspelt_is_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"Late\.begin_steps: no hook of a norm; expected begin_step"
+        TypeError, match=r"Late\.begin_steps is not a hook of Norm; expected begin_step"
     ):
 
         class Late(Norm):

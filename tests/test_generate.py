@@ -103,7 +103,7 @@ def test_tokens_are_drawn_by_their_probabilities_at_a_temperature(run_dir: Path)
 
 
 def test_logits_of_one_sample_do_not_depend_on_its_neighbours(run_dir: Path) -> None:
-    """A BatchNorm model generates with its running statistics; with the batch's own it fails."""
+    """True with running statistics; false for a BatchNorm model with the batch's own."""
     model = load_model(run_dir)
     x = torch.randint(256, (8, 16), generator=torch.Generator().manual_seed(0))
     alone, among = model(x[:1])[0], model(x)[0][:1]

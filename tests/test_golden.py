@@ -1,15 +1,15 @@
-"""Every norm's first 20 steps, as they were recorded once: golden curves.
+"""Golden curves: every norm's first 20 steps, as recorded once.
 
-They are recorded and compared in float64. In float32 CPUs differ where it does not matter: a bias
-before a BatchNorm has a true gradient of 0, AdamW amplifies its rounding error into steps, and
-the running mean follows them late, which moves the validation loss by up to 8e-4 of itself.
+They are recorded and compared in float64. In float32 CPUs differ in a way that does not matter. A
+bias before a BatchNorm has a true gradient of 0; AdamW amplifies its rounding error into steps; the
+running mean lags behind these, which changes the validation loss by up to 8e-4 (relative).
 
-Measured over all curves, as the largest relative differences between torch's and MKL's kernels for
-AVX2 and for CPUs without it (`ATEN_CPU_CAPABILITY`, `MKL_ENABLE_INSTRUCTIONS`,
-`ONEDNN_MAX_CPU_ISA`), and between 1 and 2 threads: 2e-7 in float64. Float32 against float64:
-training losses and validation by the batch's own statistics 1.2e-6; validation 3e-7, but 5e-4 for
-`batch` and `batch_pos`, and 8e-4 in curves from an earlier machine. Float64 on AVX512 and on arm64
-is not measured yet.
+The largest relative differences over all curves were measured. In float64: 2e-7, between torch's
+and MKL's kernels for AVX2 and for CPUs without it (`ATEN_CPU_CAPABILITY`,
+`MKL_ENABLE_INSTRUCTIONS`, `ONEDNN_MAX_CPU_ISA`), and between 1 and 2 threads. Float32 against
+float64: 1.2e-6 for training losses and validation with the batch's own statistics; 3e-7 for
+validation, except 5e-4 for `batch` and `batch_pos`, and 8e-4 in curves from an earlier machine.
+Float64 on AVX512 and on arm64 is not measured yet.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def losses_of(cfg: Config) -> Losses:
 
 @pytest.fixture
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs have the initial weights that they have in float32, and compute in float64."""
+    """Runs start from their float32 initial weights and compute in float64."""
 
     def build(cfg: Config, vocab_size: int) -> GPT:
         return build_model(cfg, vocab_size).double()
@@ -69,7 +69,7 @@ def test_the_loss_curve_is_the_golden_one(
     norm: str, placement: str, config: Callable[..., Config], in_float64: None,
     pytestconfig: pytest.Config,
 ) -> None:  # fmt: skip
-    """After a change that is meant to change it: pytest tests/test_golden.py --update-golden"""
+    """If a change is meant to change it: pytest tests/test_golden.py --update-golden"""
     losses = losses_of(config(f"norm={norm}", f"placement={placement}", *STEPS))
     if pytestconfig.getoption("--update-golden"):
         GOLDEN.mkdir(exist_ok=True)

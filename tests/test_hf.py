@@ -92,7 +92,7 @@ def test_hf_files_that_cannot_be_read_never_become_a_name_on_the_hub(
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_hf_leaves_texts_as_they_are_written(tmp_path: Path, streaming: bool) -> None:
-    """No number of a csv's cell, no nothing of the word NA, and no document of a line."""
+    """A csv cell stays text, the word NA is not a missing value, a line is not a document."""
     cells = ["00001", "NA", "None", "1.50", "true", "2020-01-01", 'a "quoted", word', "two\nlines"]
     with (tmp_path / "a.csv").open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows([("id", "text"), (9, ""), *enumerate(cells)])
@@ -106,9 +106,9 @@ def test_hf_leaves_texts_as_they_are_written(tmp_path: Path, streaming: bool) ->
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "2020-01-01"}\n' * 3, "has datetime there; expected text"),
-        ('{"text": 5}\n' * 3, "has int there; expected text"),
-        ('{"text": ["a"]}\n' * 3, "has list there; expected text"),
+        ('{"text": "2020-01-01"}\n' * 3, "has values of type datetime there; expected text"),
+        ('{"text": 5}\n' * 3, "has values of type int there; expected text"),
+        ('{"text": ["a"]}\n' * 3, "has values of type list there; expected text"),
     ],
 )
 def test_hf_refuses_a_column_of_no_text(tmp_path: Path, content: str, message: str) -> None:
@@ -135,7 +135,7 @@ def test_hf_rows_without_text_are_passed_over(tmp_path: Path) -> None:
     [("", "it is empty"), ('{"text": "fine"}\n{"text": ', "JSON parse error")],
 )
 def test_a_damaged_file_is_one_line_and_65(tmp_path: Path, content: str, error: str) -> None:
-    """`datasets` has lines of its own for it, which are not shown."""
+    """The messages that `datasets` has for it are not shown."""
     path = tmp_path / "docs.jsonl"
     path.write_text(content)
     args = overrides("data=hf", f"data.path={path}", f"run_dir={tmp_path}/run")
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_one_line_and_65(tmp_path: Path, content: str, error: 
 
 def test_files_have_no_subset(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "docs.jsonl")
-    with pytest.raises(ConfigError, match=r"data\.subset=en: files have none; leave it out"):
+    with pytest.raises(ConfigError, match=r"data\.subset=en: local files have no"):
         open_corpus(DataConfig("hf", str(path), subset="en"))
 
 
@@ -156,7 +156,7 @@ def test_files_have_no_subset(tmp_path: Path) -> None:
 def test_a_hub_name_is_downloaded_and_gives_what_its_files_give(
     tmp_path: Path, streaming: str
 ) -> None:
-    """Over HTTP, from a stand-in; what is mapped serves once more when the hub is gone."""
+    """Over HTTP from a stand-in; without streaming the data still works when the hub is gone."""
     local = jsonl(tmp_path / "train.jsonl")
 
     def tokens(url: str, path: str, folder: str) -> tuple[bytes, ...]:
@@ -164,7 +164,7 @@ def test_a_hub_name_is_downloaded_and_gives_what_its_files_give(
         args = overrides("data=hf", f"data.path={path}", f"data.streaming={streaming}")
         result = run_program(*args, script="prepare", **env)
         assert result.returncode == 0, result.stderr
-        assert "Retrying" not in result.stderr  # half a minute, where the hub is known to be gone
+        assert "Retrying" not in result.stderr  # retries would take half a minute
         return tuple(file.read_bytes() for file in sorted((tmp_path / folder).rglob("*.bin")))
 
     with hub_server("someone/corpus", {"train.jsonl": local.read_bytes()}) as (url, asked):
@@ -172,7 +172,7 @@ def test_a_hub_name_is_downloaded_and_gives_what_its_files_give(
         assert asked
         asked.clear()
         ours = tokens(url, str(local), "ours")
-        assert not asked  # local files ask nobody
+        assert not asked  # local files need no request
         env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path)}
         none = run_program("data=hf", "data.path=someone/else", script="prepare", **env)
     assert theirs == ours
@@ -183,7 +183,7 @@ def test_a_hub_name_is_downloaded_and_gives_what_its_files_give(
 
 
 def test_a_hub_name_without_network_fails_at_once_with_the_way_out(tmp_path: Path) -> None:
-    """Against an address of this machine that refuses: no test leaves it."""
+    """The address is local and refuses connections: no test uses the network."""
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     code = (
         "import time; from gpt.data.corpus import open_corpus; from gpt.config import DataConfig\n"

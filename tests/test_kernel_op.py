@@ -83,7 +83,7 @@ def test_autocast_decides_the_output_s_dtype(kernels_on_host: None) -> None:
     assert layer_norm(x, weight, None, 1e-5).dtype == F32
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's own, of autograd.Function
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's, about autograd.Function
 def test_compiles_whole_with_dynamic_shapes(kernels_on_host: None) -> None:
     weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
 
@@ -110,7 +110,7 @@ def cuda_layer_on_the_cpu(kernels_on_host: None, monkeypatch: pytest.MonkeyPatch
 def test_a_model_with_fused_residuals_equals_the_plain_one(
     cuda_layer_on_the_cpu: None, placement: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In value, gradients and statistics; and the residual sums are taken by the norms."""
+    """Values, gradients and statistics are equal, and the norms compute the residual sums."""
     results = []
     fused = 0
 
@@ -138,13 +138,13 @@ def test_a_model_with_fused_residuals_equals_the_plain_one(
         numbers = flatten(stats.to_numbers(record), "/")
         results.append((loss, gradients, {k: v for k, v in numbers.items() if "hist" not in k}))
     sites = [norm for norm in model.modules() if isinstance(norm, CudaLayerNorm)]
-    assert sum(reused) == len(sites)  # the kernel's means and deviations, once a site
+    assert sum(reused) == len(sites)  # the kernel's means and deviations, once per site
     assert all(norm.rows is None and not norm.keep_rows for norm in sites)
     (loss, gradients, numbers), (loss2, gradients2, numbers2) = results
     torch.testing.assert_close(loss, loss2)
     torch.testing.assert_close(gradients, gradients2, rtol=1e-4, atol=1e-6)
     assert numbers == pytest.approx(numbers2, rel=1e-3, abs=1e-6)
-    # Two sums a block: all but the first norm's, and for `parallel` one sum a block.
+    # Two sums a block, one with `parallel`; the first norm of the model has nothing to add.
     assert fused == {"parallel": 2, "hybrid": 3}.get(placement, 4)
 
 
@@ -152,7 +152,7 @@ def test_a_model_with_fused_residuals_equals_the_plain_one(
 def test_under_autocast_the_residual_stream_is_float32_as_with_layer(
     cuda_layer_on_the_cpu: None, placement: str
 ) -> None:
-    """Also where it is what a norm gives; only what goes into a product is bfloat16."""
+    """Even if the stream is a norm's output; only inputs of products are bfloat16."""
     idx = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(0))
     streams: dict[str, list[torch.dtype]] = {}
     for norm in ("layer", "cuda_layer"):
@@ -170,7 +170,7 @@ def test_under_autocast_the_residual_stream_is_float32_as_with_layer(
 
 
 def test_tensors_elsewhere_are_refused_in_one_line() -> None:
-    """As with device=cpu on a machine that has a CUDA device."""
+    """For example with device=cpu on a machine that has a CUDA device."""
     with pytest.raises(MissingInput, match="'cuda_layer' needs device=cuda, not cpu"):
         layer_norm(torch.ones(2, 8), torch.ones(8), None, 1e-5)
 
@@ -208,7 +208,7 @@ def test_what_a_call_does_not_have_does_not_narrow_its_accesses() -> None:
 def test_kernels_are_queued_on_their_device_and_torch_s_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With tensors as pointers, and None as a null pointer."""
+    """Tensors are passed as pointers, None as a null pointer."""
     done: list[Any] = []
 
     @contextmanager

@@ -1,5 +1,5 @@
-"""The CUDA LayerNorm as it is compiled: for every architecture within its registers, and with as
-few accesses to memory as there can be. No GPU is needed."""
+"""The compiled CUDA LayerNorm fits the registers of every architecture and needs the fewest memory
+accesses possible. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def plans(C: int, dtypes: tuple[torch.dtype, ...], branch: bool, bias: bool) -> 
     ),
 )  # fmt: skip
 def test_every_kernel_compiles_without_spills_and_within_its_registers(C: int, arch: str) -> None:
-    """A multiprocessor has 65,536 registers, and some 24 kB of rows must be on their way to it to
-    use all of the bandwidth: each kernel must have registers for the blocks that read so much."""
+    """A multiprocessor has 65,536 registers. It needs about 24 kB of rows in flight to use the full
+    bandwidth: the registers must suffice for enough blocks to read that much."""
     pytest.importorskip("cuda.bindings")
     combinations = DTYPES if arch == "sm_90" else DTYPES[:1] + DTYPES[3:4]
     for dtypes, branch in product(combinations, (True, False)):
@@ -53,10 +53,10 @@ def test_every_kernel_compiles_without_spills_and_within_its_registers(C: int, a
             entry = log[log.index(f"'layer_norm_{direction}'") :]
             registers = int(re.search(r"Used (\d+) registers", entry)[1])  # type: ignore[index]
             threads = plan.THREADS * plan.ROWS
-            warps = 65_536 // (-(-registers // 8) * 8 * 32) // 4 * 4  # have registers
+            warps = 65_536 // (-(-registers // 8) * 8 * 32) // 4 * 4  # as registers allow
             blocks = min(32 * warps, 2048) // threads
             assert blocks >= plan.BLOCKS, f"{plan}: {registers} registers"
-            if direction == "backward":  # as many as are launched
+            if direction == "backward":  # the number launched
                 blocks = plan.BLOCKS
             if 768 <= C <= 8192:
                 on_their_way = blocks * plan.ROWS * C * element
@@ -74,8 +74,8 @@ def test_plans_are_valid(C: int, dtypes: tuple[torch.dtype, ...]) -> None:
             assert plan.THREADS % 32 == 0
             assert plan.ROWS == 1 or plan.THREADS == 32 or not plan.FORWARD
             assert plan.THREADS * plan.ROWS * plan.BLOCKS <= 1024
-            assert plan.ROWS <= 15 or plan.THREADS == 32  # of 16 barriers one is for all
-            assert plan.BLOCKS <= 4  # each takes all 16; a multiprocessor has 64
+            assert plan.ROWS <= 15 or plan.THREADS == 32  # one of the 16 barriers is for all
+            assert plan.BLOCKS <= 4  # each takes all 16 barriers; a multiprocessor has 64
             assert plan.ROWS * C * 4 < 48_000 or plan.ROWS == 1  # bytes of shared memory
             assert (C <= LONGEST) == plan.CACHED  # else rows are read twice
             if plan.CACHED:
@@ -89,8 +89,8 @@ def test_plans_are_valid(C: int, dtypes: tuple[torch.dtype, ...]) -> None:
 def test_memory_is_read_and_written_in_the_widest_accesses(
     dtypes: tuple[torch.dtype, ...], branch: bool, tmp_path: Path
 ) -> None:
-    """16 bytes of the widest type, and as many elements of the others; rows' own numbers apart.
-    The compiler, left to itself, made four stores out of one."""
+    """16 bytes of the widest dtype and as many elements of the others, except for a row's single
+    numbers. Without our help the compiler split one store into four."""
     pytest.importorskip("cuda.bindings")
     files = metadata.files("nvidia-cuda-nvdisasm") or []
     program = next(str(f.locate()) for f in files if f.name in ("nvdisasm", "nvdisasm.exe"))

@@ -1,10 +1,13 @@
-"""The CUDA LayerNorm without a GPU: what is compiled, run instruction by instruction by ptx.py, is
-right to the last thread."""
+"""The CUDA LayerNorm without a GPU: ptx.py runs the compiled kernels instruction by instruction,
+and the tests check the results and what each thread does."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ KINDS = [*((d, True) for d in DTYPES), (DTYPES[0], False), (DTYPES[1], False)]
 
 
 def check_arithmetic(shape: tuple[int, int], branch: bool, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Forward and backward, against float64."""
+    """Compare forward and backward with float64."""
     torch.manual_seed(0)
     C = shape[1]
     X, B, Y, W = dtypes
@@ -97,7 +100,7 @@ def test_data_far_from_zero_lose_nothing(kernels_on_host: None, C: int, offset: 
 
 
 def test_a_row_without_spread_far_from_zero_stays_finite(kernels_on_host: None) -> None:
-    """Its variance is rounding alone, and may come out below 0."""
+    """The computed variance is only rounding error, and may be below 0."""
     x = torch.logspace(4, 18, 60)[:, None].expand(60, 100)
     y, _, _, rstd = forward_cuda(x, None, torch.ones(100), None, 1e-5, F32)
     assert y.isfinite().all()
@@ -106,9 +109,9 @@ def test_a_row_without_spread_far_from_zero_stays_finite(kernels_on_host: None) 
 
 @pytest.mark.parametrize("C", [1024, 50_000])
 def test_rows_past_two_billion_elements_are_found(C: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last block alone is run, for the last row, over memory that nothing else touches."""
+    """Run only the last block, which has the last row; the rest of the memory is never touched."""
     pytest.importorskip("cuda.bindings")
-    sums = []  # Σ dy x̂ and Σ dy of that block
+    sums = []  # Σ dy x̂ and Σ dy over that block's rows
 
     def queue(plan: Plan, _: torch.device, *launches: Launch) -> None:
         for launch in launches:
@@ -118,7 +121,7 @@ def test_rows_past_two_billion_elements_are_found(C: int, monkeypatch: pytest.Mo
                 ptx.run(plan, launch, only_last_block=True)
 
     monkeypatch.setattr(layer_norm, "queue", queue)
-    monkeypatch.setattr(layer_norm, "multiprocessors", lambda _: 1 << 30)  # as many as are asked
+    monkeypatch.setattr(layer_norm, "multiprocessors", lambda _: 1 << 30)  # as many as wanted
     torch.manual_seed(0)
     N = 2**31 // C + 1001  # one row in the last block
     x, branch, dy = (torch.empty(N, C, dtype=BF16) for _ in range(3))
@@ -133,7 +136,7 @@ def test_rows_past_two_billion_elements_are_found(C: int, monkeypatch: pytest.Mo
     reference.backward(dy[-1].double())
     assert close(y[-1], reference.detach())
     assert close(dx[-1], exact.grad)
-    last = slice(-(C % 256 or C), None)  # the columns of long rows have blocks of their own
+    last = slice(-(C % 256 or C), None)  # long rows: the last block of columns
     torch.testing.assert_close(sums[0][last].double(), gamma.grad[last], rtol=1e-5, atol=1e-5)
     assert torch.equal(sums[1][last], dy[-1, last].float())
 
@@ -152,9 +155,9 @@ def test_a_branch_off_by_two_bytes_beside_fp32_is_right(kernels_on_host: None) -
 def test_what_is_not_finite_is_never_covered_up(
     kernels_on_host: None, bad: str, C: int, dtype: torch.dtype
 ) -> None:
-    """Nor is a square that overflows: it would be a row of finite, wrong numbers."""
+    """This includes a square that overflows, which would give a row of finite but wrong numbers."""
     x = torch.randn(2, C)
-    # A device's NaN has all bits set, and becomes -0 where it is rounded like a number.
+    # A NaN from a GPU has all bits set; rounding it like a number would make it -0.
     x[0, :9] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(F32) if bad == "nan" else float(bad)
     y, _, _, rstd = forward_cuda(x, None, torch.ones(C), None, 1e-5, dtype)
     assert not y[0].isfinite().any() or rstd[0] == 0
@@ -162,7 +165,7 @@ def test_what_is_not_finite_is_never_covered_up(
 
 
 def test_a_tensor_on_another_device_is_refused() -> None:
-    """Its pointer would mean nothing to the device."""
+    """The device could not use its pointer."""
     with pytest.raises(ValueError, match="layer_norm: weight is on cpu; expected meta, as x"):
         forward_cuda(torch.ones(4, 64, device="meta"), None, torch.ones(64), None, 1e-5, F32)
 
@@ -202,7 +205,7 @@ def test_strided_and_misaligned_rows_are_right(kernels_on_host: None) -> None:
 def test_the_gradient_sums_have_one_order_whatever_the_number_of_blocks_is(
     kernels_on_host: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bitwise the same from run to run; and every row counted once with any number of blocks."""
+    """Two runs give the same bits, and any number of blocks counts every row once."""
     torch.manual_seed(0)
     x, dy, weight = torch.randn(1100, 33), torch.randn(1100, 33), torch.randn(33)
     _, _, mean, rstd = forward_cuda(x, None, weight, None, 1e-5, F32)
@@ -217,83 +220,31 @@ def test_the_gradient_sums_have_one_order_whatever_the_number_of_blocks_is(
         torch.testing.assert_close(gradients(blocks), first, rtol=1e-5, atol=1e-5)
 
 
-RACE = "without a barrier"
-ONE_ROW = 'asm volatile("barrier.sync %0, %1;" :: "r"(group + 1), "n"(THREADS) : "memory");'
-# A place in the kernel, what stands there instead, the width at which that goes wrong, and how.
-MUTANTS = {
-    "unbiased variance": ("square * (1.0f / C) -", "square * (1.0f / (C - 1)) -", 768, ""),
-    "a lane left out": ("step > 0; step /= 2) {", "step > 1; step /= 2) {", 768, ""),
-    "a warp left out": ("w < WARPS; w++", "w < WARPS - 1; w++", 768, ""),
-    "rows left out": ("row += stride,", "row += 2 * stride,", 768, ""),
-    "halves of a word exchanged": ('"f"(high), "f"(low)', '"f"(low), "f"(high)', 768, ""),
-    "words exchanged": ("{%1, %2, %3, %4}", "{%2, %1, %3, %4}", 768, ""),
-    "a row read askew": ("x += row * C;", "x += row * C + 2;", 768, "misaligned"),
-    "a row past the end": ("row >= n_rows", "row > n_rows", 512, "out of bounds"),
-    "half a warp": (
-        "if (row >= n_rows)",
-        "if (row >= n_rows || lane > 5)",
-        32,
-        "without the whole warp",
-    ),
-    "a mean of two lanes": ("if (lane == 0) {", "if (lane < 2) {", 768, "wrote to one place"),
-    "threads that leave early": (
-        "    partial += (i64)blockIdx.x * 2 * C;\n    if",
-        "    if (lane == 9) return;\n    partial += (i64)blockIdx.x * 2 * C;\n    if",
-        768,
-        "never reach",
-    ),
-    "no barrier in a row's sum": (
-        "if (ROWS == 1) {\n        __sync",
-        "if (1) {\n        // ",
-        768,
-        RACE,
-    ),
-    "a barrier for the wrong row": ("/ THREADS + 1)", "/ THREADS / 2 + 1)", 768, "never reach"),
-    "a barrier that does not exist": ("/ THREADS + 1)", "/ THREADS + 13)", 768, "no such barrier"),
-    "one buffer for every row": ("row += stride, turn ^= 1", "row += stride", 768, RACE),
-    "no barrier between groups": (
-        "}\n            __syncthreads();\n            for",
-        "}\n            for",
-        768,
-        RACE,
-    ),
-    "one buffer for both sums of groups": (
-        "partial[c] = sum;\n            }\n            __syncthreads();",
-        "partial[c] = sum;\n            }",
-        768,
-        RACE,
-    ),
-    "a barrier of one group between groups": (
-        "}\n            __syncthreads();\n            for",
-        f"}}\n            {ONE_ROW}\n            for",
-        768,
-        RACE,
-    ),
-    "a barrier of one group for both sums": (
-        "partial[c] = sum;\n            }\n            __syncthreads();",
-        f"partial[c] = sum;\n            }}\n            {ONE_ROW}",
-        768,
-        RACE,
-    ),
-    "no barrier in the last sum": ("= sum;\n    __syncthreads();", "= sum;", 768, RACE),
-    "one buffer for both sums": ("rest, shared[1])", "rest, shared[0])", 8200, RACE),
-    "one buffer for every long row": (
-        "row += gridDim.x, turn ^= 1",
-        "row += gridDim.x",
-        8200,
-        RACE,
-    ),
-}
+def mutants() -> Iterator[Any]:
+    """The source once for each comment `// mutant name (fault at C): old → new`, with `old`
+    replaced by `new` in the line of code above the comment."""
+    lines = SOURCE.splitlines()
+    for i, line in enumerate(lines):
+        if line.lstrip().startswith("// mutant"):
+            mark = re.fullmatch(r" *// mutant (.+?) \((.+) at (\d+)\): (.+) → (.+)", line)
+            assert mark, f"expected `// mutant name (fault at C): old → new`: {line}"
+            name, fault, C, old, new = mark.groups()
+            at = max(j for j in range(i) if not lines[j].lstrip().startswith("//"))
+            assert lines[at].count(old) == 1, f"no single {old!r} in {lines[at]!r}"
+            changed = [*lines[:at], lines[at].replace(old, new), *lines[at + 1 :]]
+            yield pytest.param("\n".join(changed), int(C), fault, id=name)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize(("source", "C", "fault"), list(mutants()))
 def test_an_error_in_the_kernel_is_seen(
-    mutant: str, kernels_on_host: None, monkeypatch: pytest.MonkeyPatch
+    source: str, C: int, fault: str, kernels_on_host: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new, C, how = MUTANTS[mutant]
-    assert SOURCE.count(old) == 1
-    monkeypatch.setattr(layer_norm, "SOURCE", SOURCE.replace(old, new))
-    with pytest.raises(ptx.Fault if how else AssertionError, match=how or None):
+    monkeypatch.setattr(layer_norm, "SOURCE", source)
+    if fault == "wrong":  # results; the interpreter reports any other fault itself
+        seen = pytest.raises(AssertionError)
+    else:
+        seen = pytest.raises(ptx.Fault, match=fault)
+    with seen:
         check_arithmetic((23, C), True, DTYPES[3])
 
 

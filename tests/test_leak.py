@@ -75,7 +75,7 @@ def test_neither_branches_that_start_at_zero_nor_overflow_hide_a_leak(overrides:
 
 
 def first_half(norm: LayerNorm, x: Tensor) -> Tensor:
-    """The last token shows nothing."""
+    """Changing only the last token does not reveal this leak."""
     return x - x[:, : x.shape[1] // 2].mean(1, keepdim=True)
 
 
@@ -127,7 +127,7 @@ def test_a_leak_in_a_corner_is_found(
 
 
 def test_a_leak_of_the_run_s_precision_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of an attention kernel that masks wrongly in bfloat16 (pytorch#195910)."""
+    """For example an attention kernel that masks wrongly in bfloat16 (pytorch#195910)."""
 
     def forward(norm: LayerNorm, x: Tensor) -> Tensor:
         return x - x.mean(1, keepdim=True) if torch.is_autocast_enabled("cpu") else x
@@ -171,7 +171,7 @@ def test_a_probe_that_overflows_is_refused_but_no_leak() -> None:
     overflown = sight("norm=dummy", "placement.alpha=1e38", "placement.final_norm=false")
     assert overflown.training == (UNKNOWN,)
     assert not overflown.leaky
-    assert overflown.lines()[0].startswith("unknown: in training tokens see what cannot be told")
+    assert overflown.lines()[0].startswith("unknown: in training tokens see something unknown")
     assert sight("norm=batch").leaky
 
 
@@ -291,7 +291,7 @@ def test_a_norm_of_one_s_own_draws_its_initial_weights_from_the_run_s_seed(
     monkeypatch.setitem(NORMS, "random", Random)
 
     def weights(seed: int) -> list[torch.Tensor]:
-        torch.randn(1)  # whatever else has drawn
+        torch.randn(1)  # other code may have drawn numbers
         model = build_model(config("placement.attn.out=random", f"seed={seed}"), 32)
         return [block.attn["out"].weight for block in model.h]
 
@@ -302,19 +302,19 @@ def test_a_norm_of_one_s_own_draws_its_initial_weights_from_the_run_s_seed(
 
 
 def test_a_norm_of_one_s_own_that_was_edited_is_another(corpus: Path, tmp_path: Path) -> None:
-    """Neither is a finished run taken for one by the new code, nor does one go on with it."""
+    """A finished run does not count as one with the new code; a stopped run does not resume."""
     (tmp_path / "my_norms.py").write_text(OWN)
     args = ["data=text", f"data.path={corpus}", "tokenizer=bytes", "train.steps=1", "device=cpu",
             "train.eval_tokens=256", "model.n_layer=1", "wandb.mode=disabled", "run_dir=run",
             "norm=module", "norm.module=my_norms.py", "norm.name=mine"]  # fmt: skip
     assert run_program(*args, cwd=tmp_path).returncode == 0
-    assert "is finished already" in run_program(*args, cwd=tmp_path).stdout
+    assert "has already finished" in run_program(*args, cwd=tmp_path).stdout
     (tmp_path / "my_norms.py").write_text(OWN.replace("(0, 1)", "1, keepdim=True"))
     finished = run_program(*args, cwd=tmp_path)
     (tmp_path / "run" / "DONE").unlink()
     stopped = run_program(*args, cwd=tmp_path)
     for result, words in (
-        (finished, "is finished, with another norm.module than now"),
+        (finished, "has finished with another norm.module"),
         (stopped, "norm_sha256 was"),
     ):
         assert result.returncode == 65
@@ -328,12 +328,18 @@ def test_a_norm_of_one_s_own_that_was_edited_is_another(corpus: Path, tmp_path: 
             "def forward(self, x): return x.nrm()",
             "line 14, AttributeError: 'Tensor' object has no attribute",
         ),
-        ("def forward(self, x): return None", "its forward gave NoneType; expected a tensor of"),
-        ("def forward(self, x): return x[:1]", "its forward gave (1, 2, 8); expected a tensor of"),
+        (
+            "def forward(self, x): return None",
+            "its forward returned NoneType; expected a tensor of",
+        ),
+        (
+            "def forward(self, x): return x[:1]",
+            "its forward returned (1, 2, 8); expected a tensor of",
+        ),
         ("def forward(self, x): return x.view(2, *x.shape[1:])", "norm.module: with 4 samples of"),
         (
             "def forward(self, x): self.register_buffer('late', x.mean()); return x",
-            "h.0.attn.in.late: it was not there from the start",
+            "h.0.attn.in.late: the buffer appeared later",
         ),
     ],
 )

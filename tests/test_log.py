@@ -71,7 +71,7 @@ def test_a_failing_wandb_is_said_once_and_then_left_alone(
     mirror.log(2, {})
     mirror.finish()
     assert capsys.readouterr().err == (
-        "warning: wandb failed, the run goes on without it: the service is gone\n"
+        "warning: wandb failed; the run goes on without it: the service is gone\n"
     )
 
 
@@ -92,7 +92,7 @@ def test_a_warning_of_each_step_is_not_told_each_time(
             log.metrics(step, loss=1.0)
     log.close()
     times = [str(w.message) for w in told].count("of a step")
-    assert times <= 2  # wandb itself starts Python's count anew, once
+    assert times <= 2  # wandb itself resets Python's count once
 
 
 def test_without_a_login_wandb_is_offline_asks_nothing_and_changes_nothing(
@@ -107,7 +107,7 @@ def test_without_a_login_wandb_is_offline_asks_nothing_and_changes_nothing(
 
 
 def test_what_wandb_is_told(config: Callable[..., Config], tmp_path: Path) -> None:
-    """Its offline file, read back: configuration without paths, tags, histograms, the sample."""
+    """The configuration without paths, tags, histograms and the sample, in its offline file."""
     cfg = config("wandb.mode=offline", "norm=batch", "run_dir=null")
     cfg.norm["module"] = "/home/me/mine.py"
     run_dir = tmp_path / "a-sweep" / "cell"
@@ -192,7 +192,7 @@ KEY = "0" * 40
 
 
 def history_is_the_metrics(run: Run, run_dir: Path) -> None:
-    """Each step once, in order, with the losses of the run's own file."""
+    """The history has each step once, in order, with the losses of `metrics.jsonl`."""
     steps = [row["_step"] for row in run.history]
     rows = read_jsonl(run_dir / "metrics.jsonl")
     assert steps == sorted({row["step"] for row in rows})
@@ -202,7 +202,7 @@ def history_is_the_metrics(run: Run, run_dir: Path) -> None:
 
 def sync(offline: Path, env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "wandb", "sync", str(offline)]
-    folder = offline.parent  # it writes logs to where it is called
+    folder = offline.parent  # wandb writes logs to the current folder
     result = subprocess.run(
         command, env=os.environ | env, cwd=folder, capture_output=True, text=True
     )
@@ -219,7 +219,7 @@ def sync(offline: Path, env: dict[str, str]) -> None:
 def test_a_run_that_was_stopped_is_whole_on_the_server_when_it_ends(
     mode: str, number: int, corpus: Path, tmp_path: Path
 ) -> None:
-    """Under one id: what a kill kept from the server is told it again, what it has is not."""
+    """Under one id: the server gets what a kill kept from it, and gets nothing twice."""
     run_dir = tmp_path / "a"
     args = overrides("data=text", f"data.path={corpus}", f"run_dir={run_dir}", "train.steps=100",
                      "train.checkpoint_every=20", "train.eval_every=50", "train.stats_every=25",

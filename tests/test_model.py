@@ -34,7 +34,7 @@ def tokens(batch: int = 4, time: int = 16) -> Tensor:
 
 @pytest.mark.parametrize(("norm", "placement"), MODELS)
 def test_initial_loss_is_that_of_a_uniform_guess(norm: str, placement: str) -> None:
-    """ln V, give or take what a final norm's logits of variance 0.02²·C add."""
+    """ln V, plus a little: a final norm gives the logits a variance of 0.02²·C."""
     x = tokens(16, 32)
     _, loss = built(f"norm={norm}", f"placement={placement}")(x, x.roll(-1, 1))
     assert abs(loss.item() - math.log(VOCAB)) < 0.05
@@ -42,7 +42,7 @@ def test_initial_loss_is_that_of_a_uniform_guess(norm: str, placement: str) -> N
 
 @pytest.mark.parametrize(("norm", "placement"), MODELS)
 def test_a_changed_token_never_changes_earlier_logits(norm: str, placement: str) -> None:
-    """Except in training with batch, where it must: its statistics run over time."""
+    """Except with batch in training: it must, because its statistics run over time."""
     model, x = built(f"norm={norm}", f"placement={placement}"), tokens()
     other = x.clone()
     other[0, 10] = (other[0, 10] + 1) % VOCAB
@@ -75,23 +75,23 @@ def test_a_sublayer_drops_what_it_adds_and_keeps_its_mean(part: str) -> None:
 
 
 class OneHot(nn.Module):
-    """In the place of v's norm: each token's value is a feature of its own."""
+    """Replaces v's norm: each token's value becomes a feature of its own."""
 
     def forward(self, v: Tensor) -> Tensor:
         return torch.eye(*v.shape[1:], dtype=v.dtype).expand_as(v)
 
 
 def test_attention_drops_weights_too() -> None:
-    """Beside what its output loses: a query sees each key in three of four draws."""
+    """In addition to its output: a query sees each key in three of four draws."""
     model = built("model.dropout=0.25", "model.n_head=1").double()
     attn = model.h[0].attn
     x = torch.randn(1, 3, 32, dtype=torch.float64)
-    with torch.no_grad():  # all keys weigh alike
+    with torch.no_grad():  # all keys have equal weight
         attn.c_attn.weight.zero_()
         attn.c_attn.bias.zero_()
         attn.c_proj.weight.copy_(torch.eye(32))
         attn["v"] = OneHot()
-    ys = drawn(attn.train().f, x)[:, 0, 2, :3]  # what the last token takes of each key
+    ys = drawn(attn.train().f, x)[:, 0, 2, :3]  # the last token's share of each key
     kept = ys[ys != 0]
     assert (ys == 0).double().mean() == pytest.approx(1 - 0.75**2, abs=0.02)
     assert kept.unique().tolist() == pytest.approx([1 / 3 / 0.75**2])
@@ -118,7 +118,7 @@ def test_one_batch_overfits(norm: str, placement: str) -> None:
 
 
 class Scale(nn.Module):
-    """Stands for a norm where a test must see which slot it is in."""
+    """Replaces a norm in a test that must see which slot it is in."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ def test_init_is_gpt2_s() -> None:
     [("gpt2", 124.44), ("gpt2_medium", 354.82), ("gpt2_large", 774.03), ("gpt2_xl", 1557.61)],
 )
 def test_presets_have_the_published_sizes(preset: str, millions: float) -> None:
-    """Counted, since building 1.5B parameters takes memory: GPT-2's own published counts."""
+    """Calculated from one block: building 1.5B parameters would take too much memory."""
     m: ModelConfig = make_preset(preset)
     C, L = m.n_embd, m.n_layer
     block = sum(p.numel() for p in Block(tiny(m), "h.0", norm_of, BlockPlan()).parameters())

@@ -29,7 +29,7 @@ Z = math.sqrt(1.5)  # (3 − 2)/√(2/3), and (9 − 6·1)/√6
 
 
 def randomised(norm: nn.Module) -> nn.Module:
-    """γ and β away from 1 and 0, so that a test can see them."""
+    """Move γ and β away from 1 and 0, so that a test can see them."""
     torch.manual_seed(1)
     for parameter in norm.parameters():
         parameter.data.normal_()
@@ -66,13 +66,13 @@ def test_rms_norm_divides_rows_of_the_3x3_example_by_their_root_mean_square() ->
 def test_layer_norm_formula_equals_float64_reference(
     width: int, offset: float, scale: float, seed: int
 ) -> None:
-    """Two passes survive data whose mean is far larger than its spread; one pass does not."""
+    """A two-pass variance survives a mean far larger than the spread; one pass does not."""
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(4, width, generator=generator) * scale + offset).float()
     norm = randomised(LayerNorm(width, fast=False))
     x64, w64, b64 = x.double(), norm.weight.double(), norm.bias.double()
     expected = F.layer_norm(x64, (width,), w64, b64, 1e-5)
-    # What rounding x's mean to fp32 costs: |mean| · 2⁻²³ / σ for each, a few times over.
+    # Rounding x's mean to fp32 costs about |mean| · 2⁻²³ / σ per row: allow 4 times that.
     sigma = x64.var(-1, unbiased=False).add(1e-5).sqrt()
     slack = 4 * (x64.abs().amax(-1) * 2**-23 / sigma).amax().item() * w64.abs().max().item()
     torch.testing.assert_close(norm(x).double(), expected, rtol=2e-5, atol=2e-5 + slack)
@@ -153,7 +153,7 @@ def test_batch_norm_of_one_value_refuses_training_and_forgets_its_input_with_bat
 @pytest.mark.parametrize("name", ["batch", "batch_ema", "batch_pos", "rbn", "power"])
 def test_batch_statistics_in_evaluation_are_those_of_the_batch(name: str) -> None:
     norm, x = make(name)(5), randn(3, 4, 5) * 2 + 1
-    norm.running_mean += 1  # not those
+    norm.running_mean += 1  # these must not be used
     norm.running_var += 1
     over = 0 if name == "batch_pos" else (0, 1)
     mean = 0 if name == "power" else x.mean(over)
@@ -215,7 +215,7 @@ def test_cuda_layer_never_falls_back_silently() -> None:
         ("prepbn", {"fraction": 0.0}, r"expected a number in \(0, 1\]"),
         ("batch_pos", {"block_size": 0}, "expected a number >= 1"),
         ("group", {"groups": 0}, "expected a number >= 1"),
-        ("group", {"groups": 8}, "norm.groups=8: one feature a group has no spread"),
+        ("group", {"groups": 8}, "norm.groups=8: a group of one feature has variance 0"),
         ("power", {"warmup_steps": -1}, "expected a number >= 0"),
     ],
 )
@@ -225,7 +225,7 @@ def test_a_wrong_norm_is_refused_in_one_line(name: str, options: dict, message: 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", sorted({*BUILDABLE} - {"dummy", "dyt", "derf"}))  # without ε
+@pytest.mark.parametrize("name", sorted({*BUILDABLE} - {"dummy", "dyt", "derf"}))  # these have no ε
 def test_no_norm_takes_a_negative_eps(name: str) -> None:
     with pytest.raises(ConfigError, match="eps=-1e-05: expected a number >="):
         build_norm(name, 8, eps=-1e-5, **{"block_size": 8} if name == "batch_pos" else {})
@@ -252,7 +252,7 @@ def test_partial_rms_norm_sees_the_first_features_only() -> None:
 def test_a_norm_registers_once_and_says_what_it_is() -> None:
     with pytest.raises(ValueError, match="registered twice"):
         register("layer")(LayerNorm)
-    with pytest.raises(ValueError, match="Identity is no subclass of"):
+    with pytest.raises(ValueError, match="Identity is not a subclass of"):
         register("unheard_of")(nn.Identity)  # type: ignore[type-var]
     with pytest.raises(ValueError, match="does not declare axes"):
         register("unheard_of")(type("Silent", (Norm,), {}))
@@ -263,7 +263,7 @@ def test_a_norm_registers_once_and_says_what_it_is() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", BUILDABLE)
 def test_half_precision_is_rounded_once(name: str, training: bool, dtype: torch.dtype) -> None:
-    """What is rounded twice is off the nearest number in a quarter of all cases."""
+    """Rounding twice misses the nearest number in a quarter of all cases."""
     norm, x = trained(make(name)(33), 33).train(training), randn(3, 6, 33).to(dtype)
     y = pure(norm, x)
     exact = pure(norm.double(), x.double())

@@ -1,5 +1,5 @@
-"""CUDA C++ compiled at run time, kept, and handed to the driver: without a GPU, and without its
-driver."""
+"""CUDA C++ is compiled at run time, cached and passed to the driver. The tests need neither a GPU
+nor its driver."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     pytest.importorskip("cuda.bindings")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(nvrtc, "compile_source", lambda *_: (b"machine code", ""))
-    monkeypatch.setattr(nvrtc, "sync", lambda _: os.close(-1))  # an OSError, as of a full disk
+    monkeypatch.setattr(nvrtc, "sync", lambda _: os.close(-1))  # an OSError, as for a full disk
     assert nvrtc.cached_cubin(SCALE, (), "sm_90") == b"machine code"
     assert list((tmp_path / "gpt-norms").iterdir()) == []
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
@@ -63,7 +63,7 @@ def test_kernels_are_kept_in_the_home_directory_unless_told_otherwise(
 
 
 def test_a_missing_compiler_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuda-bindings alone can be imported; that NVRTC is not there is noticed at the first call."""
+    """cuda-bindings can be imported without NVRTC; the first call notices that it is missing."""
     bindings = pytest.importorskip("cuda.bindings.nvrtc")
 
     def fail() -> None:
@@ -86,7 +86,7 @@ def test_missing_bindings_are_one_line_that_says_what_to_install(
     nvrtc.bindings.cache_clear()
 
 
-# What a backward pass does, in a program of its own: a driver is found once a process.
+# What a backward pass does. It is a separate program: a process loads a driver only once.
 LAUNCH = f"""
 from gpt.kernels import nvrtc
 nvrtc.make_current(1)
@@ -125,7 +125,7 @@ def test_the_driver_is_given_the_kernel_and_its_arguments(tmp_path: Path) -> Non
 def test_a_kernel_that_two_threads_launch_takes_each_one_s_values(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The driver has not read the first one's yet when the second comes."""
+    """The second launch comes before the driver has read the values of the first."""
     seen, first_is_in = [], Event()
 
     def launch(*arguments: Any) -> tuple[int]:

@@ -62,7 +62,7 @@ def test_updates_are_adamw_with_the_configured_betas() -> None:
 
 
 def test_a_norms_parameters_are_not_decayed_whatever_their_shape() -> None:
-    """Nor those of a norm that is not registered."""
+    """This includes a norm that is not registered."""
 
     class Whitening(Norm):
         """A norm whose γ is a matrix."""

@@ -36,7 +36,7 @@ def output(block: Block, x: Tensor) -> Tensor:
 
 
 class Parts:
-    """A block's pieces as plain functions, norms without γ and β, for the equations below."""
+    """A block's parts as plain functions, for the equations below."""
 
     def __init__(self, model: GPT, i: int) -> None:
         self.block, self.n_head = model.h[i], model.h[i].attn.n_head
@@ -222,7 +222,7 @@ def test_nothing_but_arithmetic_is_ever_run(formula: str) -> None:
 
 
 def test_the_first_norm_that_reads_the_stream_adds_the_branch() -> None:
-    """A norm that adds by itself is handed both summands, any other their sum."""
+    """A norm that adds by itself gets both summands; any other norm gets their sum."""
 
     class Adding(nn.Module):
         adds = True
@@ -249,7 +249,7 @@ def test_the_first_norm_that_reads_the_stream_adds_the_branch() -> None:
     ],
 )
 def test_a_formula_of_the_wrong_kind_is_refused(override: str) -> None:
-    with pytest.raises(ConfigError, match="or a formula of it in l and L"):
+    with pytest.raises(ConfigError, match="or a formula in l and L"):
         make_config("data=pydoc", override)
 
 
@@ -261,4 +261,4 @@ def test_a_formula_need_only_hold_in_the_blocks_that_there_are() -> None:
 def test_the_run_s_norm_named_in_a_slot_keeps_its_options() -> None:
     by_depth = "placement.attn.in='rms if l > L/2 else layer'"
     model = build_model(make_config("data=pydoc", "norm.eps=0.1", by_depth), 61)
-    assert [block.attn["in"].eps for block in model.h] == [0.1, 1e-5]  # rms has its own
+    assert [block.attn["in"].eps for block in model.h] == [0.1, 1e-5]  # rms has its own eps

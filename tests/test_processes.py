@@ -27,7 +27,7 @@ def torchrun(*args: str) -> Process:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To be one of two processes that torchrun has started."""
+    """Pretend to be one of two processes that torchrun has started."""
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.setenv(name, "2" if name.endswith("WORLD_SIZE") else "1")
     monkeypatch.setenv("MASTER_PORT", "1")
@@ -50,9 +50,9 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_several_processes_leave_mps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No backend of torch's exchanges its tensors."""
+    """No torch backend exchanges MPS tensors between processes."""
     pretend(monkeypatch)
-    with pytest.raises(ConfigError, match="device=mps: one process alone"), processes("mps"):
+    with pytest.raises(ConfigError, match="device=mps: only one process"), processes("mps"):
         pass
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_device("auto").type == "mps"
@@ -70,7 +70,7 @@ def test_several_processes_leave_mps_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_two_processes_train_as_one_does(
     norm: str, accum: int, corpus: Path, tmp_path: Path
 ) -> None:
-    """BatchNorm's too: its statistics are those of the whole batch, on whatever process it lies."""
+    """BatchNorm too: its statistics cover the whole batch, over all processes."""
     args = overrides(
         "data=text", f"data.path={corpus}", f"norm={norm}", f"train.grad_accum={accum}"
     )
@@ -79,9 +79,9 @@ def test_two_processes_train_as_one_does(
     args.append(f"run_dir={together}")
     result = run_ranks(*args)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("run        ") == 1  # one process speaks
-    # Where BatchNorm takes a bias away again its gradient is rounding, of which AdamW makes a step:
-    # validation, with running statistics, shows it.
+    assert result.stdout.count("run        ") == 1  # only one process prints
+    # A bias before a BatchNorm has a true gradient of 0; AdamW amplifies its rounding error into
+    # steps, which show in the validation loss because it uses running statistics.
     for key, rel in (("loss", 1e-4), ("grad_norm", 1e-3), ("val_loss", 1e-3)):
         values = [[row[key] for row in read_rows(d) if key in row] for d in (alone, together)]
         assert values[0] == pytest.approx(values[1], rel=rel), key
@@ -114,7 +114,7 @@ def test_a_process_that_dies_ends_the_others_in_one_line(corpus: Path, tmp_path:
     os.kill(int(workers[-1]), signal.SIGKILL)
     ended = process.wait()
     assert ended.returncode != 0
-    gone = "error: another process of this run has ended; unless"
+    gone = "error: another process of this run has ended; the same command"
     assert gone in ended.stderr
     assert "RuntimeError" not in ended.stderr  # torchrun's own traceback is there
 
@@ -199,7 +199,7 @@ def test_a_second_start_leaves_the_files_of_the_first_alone(corpus: Path, tmp_pa
 def test_a_sweep_in_several_processes_is_refused(tmp_path: Path) -> None:
     result = run_program("-m", "norm=layer,rms", cwd=tmp_path, WORLD_SIZE="2")
     assert result.returncode == 78
-    assert result.stderr.startswith("error: a sweep's runs have one process each")
+    assert result.stderr.startswith("error: each run of a sweep has one process")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(corpus: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""kill -9 at any moment and the same command again: the same loss curve, to the bit.
+"""After kill -9 at any moment the same command gives the same loss curve, to the bit.
 
 Real processes are killed for real, and a negative control shows that the comparison can fail.
 """
@@ -32,7 +32,7 @@ STEPS = 60
 
 
 def command(corpus: Path, run_dir: Path, *extra: str) -> list[str]:
-    """Dropout, accumulation and BatchNorm: everything that has a state to lose."""
+    """A run with dropout, accumulation and BatchNorm: everything that has state to lose."""
     return overrides(
         "data=text", f"data.path={corpus}", f"run_dir={run_dir}", "norm=batch",
         "model.dropout=0.2", "train.grad_accum=2", f"train.steps={STEPS}", "train.eval_every=20",
@@ -85,7 +85,7 @@ def test_killed_again_and_again_a_run_ends_with_the_same_bits(
 def test_a_resume_that_loses_any_state_gives_another_curve(
     lost: str, corpus: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negative control: what is compared above does depend on what is restored."""
+    """The negative control: the comparison above does depend on the restored state."""
     from tests.tools.configs import make_config
 
     run_dir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
@@ -123,7 +123,7 @@ def test_the_same_rewound_run_with_nothing_lost_gives_the_same_curve(
 
 
 def rewind(run_dir: Path) -> None:
-    """Back to the checkpoint before the last."""
+    """Go back to the checkpoint before the last one."""
     (run_dir / "DONE").unlink()
     shutil.rmtree(run_dir / "checkpoints" / f"step_{STEPS}")
 
@@ -148,7 +148,7 @@ def test_a_signal_finishes_the_step_writes_a_checkpoint_and_exits_128_plus_n(
 def test_a_signal_in_the_last_evaluation_stops_as_well(
     config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a sweep would go on with its next cell after Ctrl-C."""
+    """Otherwise a sweep would go on with its next cell after Ctrl-C."""
     evaluate, calls = trainer.evaluate, iter(range(9))
 
     def interrupted(*args: Any) -> dict[str, float]:
@@ -169,14 +169,14 @@ def test_a_finished_run_says_so_and_exits_0(corpus: Path, uninterrupted: Path) -
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*.jsonl")}
     result = run_program(*command(corpus, uninterrupted))
     assert result.returncode == 0
-    assert "is finished already" in result.stdout
+    assert "has already finished" in result.stdout
     assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*.jsonl")}
 
 
 def test_another_configuration_is_refused_and_named(corpus: Path, uninterrupted: Path) -> None:
     for override, named in (
-        ("optim.lr=0.01", "optim.lr=0.003 there, 0.01 now"),
-        ("norm=rms", "norm.name=batch there, rms now"),
+        ("optim.lr=0.01", "optim.lr=0.003, and now it is 0.01"),
+        ("norm=rms", "norm.name=batch, and now it is rms"),
     ):
         result = run_program(*command(corpus, uninterrupted, override))
         assert result.returncode == 78
@@ -212,7 +212,7 @@ def test_the_default_run_directory_follows_from_the_configuration(
 def test_a_disk_that_is_full_ends_with_74_and_keeps_the_old_checkpoint(
     corpus: Path, tmp_path: Path
 ) -> None:
-    """A limit on the size of a file stands for the full disk: the second checkpoint is too big."""
+    """A limit on file size simulates the full disk: the second checkpoint exceeds it."""
     run_dir = tmp_path / "run"
     args = command(corpus, run_dir, "train.stats_every=0")
     process = start(*args)

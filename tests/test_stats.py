@@ -1,4 +1,4 @@
-"""Statistics: right, per site, and without a trace on training."""
+"""Statistics: right, per site, and without an effect on training."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_moments_equal_float64_formulas() -> None:
     }
     numbers = {name: value.item() for name, value in expected.items()}
     assert named(x) == pytest.approx(numbers, rel=1e-4, abs=1e-5)
-    rows = x.mean(-1).flatten(), x.var(-1, correction=0).flatten()  # of the same, if known
+    rows = x.mean(-1).flatten(), x.var(-1, correction=0).flatten()  # known for the rows
     by_rows = dict(zip(MOMENTS, moments(x, rows).tolist(), strict=True))
     assert by_rows == pytest.approx(numbers, rel=1e-4, abs=1e-5)
 
@@ -71,7 +71,7 @@ def test_a_gaussian_s_kurtosis_is_three_and_a_constant_s_zero() -> None:
 
 @pytest.mark.parametrize("norm", ["batch", "rbn", "batch_pos"])
 def test_the_gap_to_evaluation_is_that_before_the_batch_is_taken_in(norm: str) -> None:
-    """By running statistics that have seen it, each batch would look more usual than it is."""
+    """Running statistics that include the batch would understate its gap."""
     model = build_model(make_config("data=pydoc", f"norm={norm}", "placement.embd_norm=true"), 61)
     idx = torch.randint(61, (4, 32), generator=torch.Generator().manual_seed(0))
     x = model.wte(idx) + model.wpe.weight
@@ -88,7 +88,7 @@ def test_the_gap_to_evaluation_is_that_before_the_batch_is_taken_in(norm: str) -
 def test_one_feature_that_is_large_is_an_outlier() -> None:
     x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
     x[:, 7] *= 1000  # a massive activation
-    assert named(x)["outliers"] == pytest.approx(63, rel=0.05)  # C − 1: all of it in one
+    assert named(x)["outliers"] == pytest.approx(63, rel=0.05)  # C − 1: one feature has all of it
     assert named(x)["absmax_to_median"] > 1000
 
 
@@ -114,7 +114,7 @@ def test_a_histogram_is_shares_of_what_lies_where() -> None:
     assert shares.sum() == 1
     assert histogram(torch.tensor([[float("nan"), 1.0]])).sum() == 1
     x = torch.zeros(1, 1000)
-    x[0, :2] = torch.tensor([-1.0, 1.0])  # some 22 root mean squares
+    x[0, :2] = torch.tensor([-1.0, 1.0])  # about 22 times the rms
     assert histogram(x)[[0, -1]].tolist() == pytest.approx([0.001, 0.001])
     x = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
     counts, _ = np.histogram((x / x.square().mean().sqrt()).numpy(), EDGES)
@@ -228,11 +228,11 @@ def test_every_site_and_depth_is_recorded(norm: str) -> None:
 
 
 def test_the_gradient_at_an_identity_is_the_branch_s_alone() -> None:
-    """dummy returns its input, whose gradient also holds the residual path's."""
+    """dummy returns its input tensor, whose gradient also includes the residual path's."""
     model = build_model(make_config("data=pydoc", "norm=dummy"), 50)
     copying = build_model(make_config("data=pydoc", "norm=dummy"), 50)
     for block in copying.h:
-        block.attn["in"].forward = lambda x: x * 1.0  # a tensor of its own
+        block.attn["in"].forward = lambda x: x * 1.0  # returns a new tensor
     x = torch.randint(50, (2, 8))
     norms = []
     for m in (model, copying):

@@ -1,4 +1,4 @@
-"""The house: imports point downward, nothing heavy at the door, every README command runs."""
+"""Structure: imports point downward, `import gpt` is light, every README command runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from tests.tools.configs import mostly_long, overrides
 from tests.tools.programs import REPO, Process, run_program, run_pytest
 
-# Each room may import from itself and from the rooms below it, and none from one beside it.
+# A room may import from itself and from the rooms below it, but not from one beside it.
 ROOMS = [
     ["cli", "training"],
     ["reports", "sampling"],
@@ -31,7 +31,7 @@ LEVEL = {room: i for i, beside in enumerate(ROOMS) for room in beside}
 
 
 def modules() -> dict[str, Path]:
-    """`gpt/norms/layer.py` as `norms.layer`, and `gpt/norms/__init__.py` as `norms`."""
+    """Paths by name: `norms.layer` for `gpt/norms/layer.py`, `norms` for its `__init__.py`."""
     root = REPO / "gpt"
     names = {p: p.relative_to(root).with_suffix("").parts for p in root.rglob("*.py")}
     return {".".join(parts).removesuffix(".__init__"): p for p, parts in names.items()}
@@ -121,7 +121,7 @@ def test_the_readme_leads_to_every_page() -> None:
 
 
 def test_the_study_s_numbers_are_those_of_its_tables() -> None:
-    """Every mean ± half an interval on the page stands in a table that the report wrote."""
+    """Every "mean ± half-width" on the page is in a table that the report wrote."""
     study = REPO / "scripts" / "study"
     page = (study / "README.md").read_text()
     assert all((study / link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", page))
@@ -132,7 +132,7 @@ def test_the_study_s_numbers_are_those_of_its_tables() -> None:
         for found in (number.findall(page), number.findall(tables))
     )
     assert len(told) > 30
-    for difference, mean, half in told:  # of three decimals, and there of four
+    for difference, mean, half in told:  # the page has three decimals, the tables four
         assert any(
             abs(mean - m) < 5.51e-4 and abs(half - h) < 5.51e-4 and difference == d
             for d, m, h in measured
@@ -141,7 +141,7 @@ def test_the_study_s_numbers_are_those_of_its_tables() -> None:
 
 @pytest.mark.parametrize("some", mostly_long(["*", "warmup"], "warmup"))
 def test_the_study_s_tables_follow_from_its_runs(some: str, tmp_path: Path) -> None:
-    """What its runs left behind is in the archive; the report makes the same tables of it."""
+    """The archive holds what its runs left behind; the report makes the same tables from it."""
     study = REPO / "scripts" / "study"
     subprocess.run(["tar", "-xf", study / "runs.tar.xz", "-C", tmp_path], check=True)
     questions = sorted(path.parent.name for path in study.glob("*/table.md"))
@@ -179,7 +179,7 @@ TINY = ["model.n_layer=1", "model.n_head=1", "model.n_embd=16", "model.block_siz
 
 @pytest.fixture(scope="module")
 def visitor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the README's reader has it: a text of their own, a first run, a sweep's runs."""
+    """A folder like that of a README reader: their own text, a first run and a sweep's runs."""
     folder = tmp_path_factory.mktemp("visitor")
     (folder / "my.txt").write_text("To norm or not to norm, that is the question.\n" * 60)
     (folder / "ref.txt").write_text((folder / "my.txt").read_text())
@@ -196,7 +196,7 @@ def visitor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, args: list[str]) -> subprocess.CompletedProcess[str]:
     if args[1] in ("scripts/train.py", "scripts/prepare.py"):
         given = {a.split("=")[0] for a in args}
-        args = [",".join(arg.split(",")[:2]) for arg in args]  # of a grid, a part
+        args = [",".join(arg.split(",")[:2]) for arg in args]  # a part of each grid
         narrow = ["seed=1", "optim.lr=1e-3", "placement=pre"] if "-m" in args else []
         args = args + [a for a in TINY + narrow if a.split("=")[0] not in given]
         args = [a if not a.startswith("train.steps=") else "train.steps=2" for a in args]

@@ -53,7 +53,7 @@ def test_a_sweep_makes_one_run_a_cell_and_ends_with_a_table(corpus: Path, tmp_pa
     assert not (tmp_path / "multirun").exists()
 
     again = sweep(corpus, *args, cwd=tmp_path)
-    assert again.stdout.count("is finished already") == 4
+    assert again.stdout.count("has already finished") == 4
     assert len(cells(tmp_path / "runs")) == 4
 
 
@@ -207,8 +207,8 @@ def test_a_sweep_that_loses_a_process_says_so_and_goes_on_by_the_same_command(
     lost = sweeping.wait()
     assert lost.returncode == 74
     line = lost.stderr.splitlines()[-1]
-    assert "error: a process of the sweep is gone: A worker process managed by the" in line
-    assert "SIGKILL(-9)}; the same command goes on" in line
+    assert "error: a process of the sweep has ended: A worker process managed by the" in line
+    assert "SIGKILL(-9)}; the same command continues with the rest" in line
     assert "Traceback" not in lost.stderr
     again = sweep(corpus, *args, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -234,9 +234,9 @@ def test_what_a_lost_job_left_in_its_log_is_said() -> None:
         f"(state: TIMEOUT)\nError stream produced:\n{log}"
     )
     assert explain(error) == (
-        "a process of the sweep is gone: Job 7 (task: 0) with path /x/7_0_result.pkl has not "
+        "a process of the sweep has ended: Job 7 (task: 0) with path /x/7_0_result.pkl has not "
         "produced any output (state: TIMEOUT) ModuleNotFoundError: No module named 'torch'; the "
-        "same command goes on with what is left",
+        "same command continues with the rest",
         74,
     )
 
@@ -246,7 +246,8 @@ def test_without_slurm_its_launcher_says_so(corpus: Path, tmp_path: Path) -> Non
     result = sweep(corpus, "norm=layer,rms", *slurm, cwd=tmp_path, PATH="/nowhere")
     assert result.returncode == 66
     assert result.stderr == (
-        "error: hydra/launcher=submitit_slurm: no srun here; run it on a Slurm cluster\n"
+        "error: hydra/launcher=submitit_slurm: this machine has no srun; run it on a Slurm "
+        "cluster\n"
     )
 
 
@@ -258,7 +259,7 @@ def test_a_diverged_cell_is_a_result_and_is_not_run_again(corpus: Path, tmp_path
     assert result.stderr.count("diverged at step") == 2
     assert result.stdout.count("diverged at") == 2  # the table
     again = sweep(corpus, *args, cwd=tmp_path)
-    assert again.stderr.count("before, and is not tried again") == 2
+    assert again.stderr.count("earlier; it is not tried again") == 2
     assert again.returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: what goes in comes out, whatever it is."""
+"""Tokenizers: decoding gives back any text that was encoded."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def text_config(path: Path, *extra: str) -> Config:
 
 
 def test_pydoc_validation_holds_no_paragraph_that_training_has() -> None:
-    """The topics quote one another; a plain split would ask for what was shown."""
+    """The topics quote one another: a plain split would validate on text seen in training."""
     texts = split_of(open_corpus(DataConfig("pydoc")))
     paragraphs = {
         split: {" ".join(p.split()) for p in text.split("\n\n") if p.strip()}
@@ -52,7 +52,7 @@ def test_stdlib_is_the_sources_of_this_python() -> None:
 
 
 def test_stdlib_validation_hardly_repeats_what_training_has() -> None:
-    """By runs of four lines: 19% of it did, for the tables in `encodings` are copies."""
+    """Compares runs of four lines. Once 19% was repeated: tables in `encodings` are copies."""
     fours, lines = {}, {}
     for split, text in split_of(open_corpus(DataConfig("stdlib"))).items():
         lines[split] = [line.strip() for line in text.split("\n") if line.strip()]
@@ -233,7 +233,7 @@ def test_validation_windows_do_not_depend_on_the_batch_size(batch_size: int) -> 
     val = ValBatches(ids, batch_size=batch_size, block_size=10, max_tokens=200)
     targets = torch.cat([y for _, y in val.on(torch.device("cpu"))])
     assert targets.shape == (20, 10)
-    assert len(set(targets.flatten().tolist())) == 200  # no token is asked for twice
+    assert len(set(targets.flatten().tolist())) == 200  # no token is a target twice
     assert targets.max() == 1000  # spread to the end
     equal = [len(y) for _, y in val.on(torch.device("cpu"), equal=True)]
     assert equal == {1: [1] * 20, 3: [3] * 6, 64: []}[batch_size]
@@ -241,7 +241,7 @@ def test_validation_windows_do_not_depend_on_the_batch_size(batch_size: int) -> 
 
 @pytest.mark.parametrize("text", ["x" * 1_000_000, "字" * 300_000, " " * 300_000, "ab " * 100_000])
 def test_text_without_spaces_is_tokenized_in_seconds(tmp_path: Path, text: str) -> None:
-    """A word's merges take time by the square of its length: words end at 128 characters."""
+    """Merges take time quadratic in a word's length, so words end at 128 characters."""
     path = tmp_path / "long.txt"
     path.write_text(text)
     data = prepare(text_config(path, "tokenizer=bpe", "model.block_size=4"))
@@ -269,7 +269,7 @@ def test_a_corpus_is_prepared_without_training_whatever_its_name(tmp_path: Path)
 def test_tokens_that_are_prepared_need_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prepared where there is a network, trained where there is none."""
+    """Prepare on a machine with a network, train on one without."""
     texts = [("train", "some text " * 50), ("val", "other text " * 20)]
     monkeypatch.setattr("gpt.data.corpus.read_dataset", lambda *_: iter(texts))
     cfg = make_config("data=hf", "data.path=someone/something", "data.streaming=true")

@@ -72,7 +72,7 @@ def test_the_summary_holds_what_a_comparison_needs(
 
 
 def test_the_loss_by_the_batch_s_statistics_is_that_of_full_batches() -> None:
-    """The last, shorter one has other statistics."""
+    """The last batch is shorter, so its statistics are not comparable."""
     model = build_model(make_config("norm=batch", "model.block_size=8"), 64)
     ids = np.random.default_rng(0).integers(64, size=18 * 8 + 1)
 
@@ -87,7 +87,7 @@ def test_the_loss_by_the_batch_s_statistics_is_that_of_full_batches() -> None:
 
 
 def test_bits_per_byte_count_the_bytes_of_the_targets() -> None:
-    """Of two windows over tokens 0 1 1 … 1: each target is the token 1, of 3 bytes."""
+    """Two windows over tokens 0 1 1 … 1: every target is token 1, which has 3 bytes."""
     model = build_model(make_config("data=pydoc", "model.block_size=8"), 64)
     batches = ValBatches(np.array([0] + 16 * [1]), 4, 8, max_tokens=16)
     bytes_of = torch.tensor([1000, 3, *[7] * 62])
@@ -98,7 +98,7 @@ def test_bits_per_byte_count_the_bytes_of_the_targets() -> None:
 def test_the_model_is_in_training_mode_in_every_step(
     config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in those that follow an evaluation."""
+    """This includes steps that follow an evaluation."""
     modes: list[bool] = []
     original = trainer.update
 
@@ -123,7 +123,7 @@ class Same:
 
 
 def one_step(*overrides: str) -> tuple[TrainState, Row]:
-    """The first step of a model that has 61 tokens."""
+    """The first step of a model with a vocabulary of 61 tokens."""
     cfg = make_config("data=pydoc", *overrides)
     model = build_model(cfg, 61)
     state = TrainState(0, model, make_optimizer(model, cfg.optim), {}, dict(model.named_buffers()))
@@ -134,7 +134,7 @@ def one_step(*overrides: str) -> tuple[TrainState, Row]:
 
 @pytest.mark.parametrize("norm", ["layer", "rbn"])
 def test_equal_micro_batches_have_the_gradient_of_one(norm: str) -> None:
-    """That of what a norm adds to the loss included."""
+    """This includes the gradient of a norm's extra loss."""
     heavy = ["norm.mean_weight=10", "norm.var_weight=10"] if norm == "rbn" else []
     one, two = (
         one_step(f"norm={norm}", *heavy, f"train.grad_accum={n}")[1].grad_norm.item()
@@ -162,7 +162,7 @@ def test_norms_are_told_each_step_as_it_begins(
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(PowerNorm, "begin_step", lambda norm, *step: told.append(step))
     train(config("norm=power", "placement=none", "placement.final_norm=true"))
-    in_training = told[-6:]  # before them the probe looks at the first and the last
+    in_training = told[-6:]  # earlier calls are the probe's, for the first and last step
     assert in_training == [(step, 6) for step in range(1, 7)]
 
 
@@ -196,7 +196,7 @@ def test_the_logged_loss_is_the_mean_over_micro_batches(
 def test_a_model_that_is_compiled_trains_like_one_that_is_not(
     backend: str, config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the same dropout, for its steps with statistics are not compiled."""
+    """Dropout must be the same: steps with statistics are not compiled."""
     compile_ = torch.compile
 
     def whole_graph(model: nn.Module, options: dict[str, Any]) -> Any:
@@ -262,14 +262,14 @@ def test_a_run_whose_validation_losses_were_removed_is_one_line(
     path = tmp_path / "run" / "metrics.jsonl"
     rows = [line for line in path.read_text().splitlines(True) if "val_loss" not in line]
     path.write_text("".join(rows))
-    with pytest.raises(DataError, match=r"metrics.jsonl: its rows are gone; use another run_dir"):
+    with pytest.raises(DataError, match=r"metrics.jsonl: it has no evaluations; use"):
         train(config())
 
 
 def test_the_validation_loss_does_not_depend_on_dropout_or_statistics_of_the_batch(
     config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """Evaluation is in evaluation mode, on the same windows: at step 0 only the model counts."""
+    """Evaluation uses evaluation mode and fixed windows: at step 0 only the model matters."""
     at_start = set()
     for i, extra in enumerate(["train.batch_size=1", "train.batch_size=7", "model.dropout=0.5"]):
         train(config(extra, f"run_dir={tmp_path}/{i}", "train.steps=1"))
@@ -301,7 +301,7 @@ def test_a_cuda_device_with_a_number_becomes_torch_s_current_one(
 
 
 def test_the_peak_memory_is_the_run_s_own() -> None:
-    """A sweep's cells share a process: a small one after a large one does not report its peak."""
+    """A sweep's cells share a process: a small cell must not report a large one's peak."""
     device = torch.device("cpu")
     large = torch.ones(100_000_000)
     assert peak_memory(device) > 400_000_000

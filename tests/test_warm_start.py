@@ -1,4 +1,4 @@
-"""init.from: a trained model goes on, with other norms where they are swapped."""
+"""init.from: training goes on from a trained model, whose norms may be swapped."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_going_on_with_the_same_norm_starts_where_the_run_ended(
 
 
 def test_what_is_not_swapped_stays_as_it_was(corpus: Path, tmp_path: Path) -> None:
-    """The head's running statistics; and of a norm that begins as another its γ."""
+    """The final norm's running statistics, and γ if the new norm begins as the old one."""
     source, options = tmp_path / "source", ["norm=rms", "placement.final_norm=batch"]
     cfg = make_config("data=text", f"data.path={corpus}", *options, f"run_dir={source}",
                       "train.steps=40", "train.eval_every=40", "optim.lr=1e-2")  # fmt: skip
@@ -92,7 +92,7 @@ class ZeroCentred(Norm):
 def test_gamma_comes_along_by_its_distance_from_where_the_norm_starts_it(
     corpus: Path, tmp_path: Path
 ) -> None:
-    """RMSNorm by another parametrisation is the same model."""
+    """RMSNorm with γ parametrised as 1 + weight is the same model."""
     (tmp_path / "own.py").write_text(ZERO)
     source = tmp_path / "source"
     train(make_config("data=text", f"data.path={corpus}", "norm=rms", f"run_dir={source}",
@@ -120,14 +120,14 @@ def test_a_damaged_checkpoint_of_the_source_is_passed_over(
 def test_a_source_that_has_other_weights_now_is_told(
     source: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    """A finished run is not taken for one that starts from them; without its source it stands."""
+    """A finished run does not count as one from the new weights. It needs no source to count."""
     moved, run_dir = tmp_path / "source", tmp_path / "run"
     shutil.copytree(source, moved)
     assert transplanted(moved, corpus, run_dir).returncode == 0
-    assert "is finished already" in transplanted(moved, corpus, run_dir).stdout
+    assert "has already finished" in transplanted(moved, corpus, run_dir).stdout
     taken = json.loads((run_dir / "summary.json").read_text())["init_sha256"]
     shutil.rmtree(moved)
-    assert "is finished already" in transplanted(moved, corpus, run_dir).stdout
+    assert "has already finished" in transplanted(moved, corpus, run_dir).stdout
     (run_dir / "DONE").unlink()
     assert "resuming" in transplanted(moved, corpus, run_dir).stdout
     assert json.loads((run_dir / "summary.json").read_text())["init_sha256"] == taken
@@ -136,7 +136,7 @@ def test_a_source_that_has_other_weights_now_is_told(
     (run_dir / "DONE").unlink()
     stopped = transplanted(moved, corpus, run_dir)
     for result, words in (
-        (finished, "is finished, from other weights"),
+        (finished, "has finished from other weights"),
         (stopped, "init_sha256 was"),
     ):
         assert result.returncode == 65
@@ -165,19 +165,19 @@ def test_norms_are_taken_away_by_a_schedule(source: Path, corpus: Path, tmp_path
     [
         (
             ["norm=rms"],
-            "it has norm.name=layer; say so here too, or instead of it init.swap_norm=rms",
+            "it has norm.name=layer; set that here too, or init.swap_norm=rms instead",
         ),
-        (["model.n_layer=3"], "it has model.n_layer=2; say so here too"),
-        (["model.n_layer=3", "model.n_head=1"], "has model.n_layer=2 model.n_head=2; say so here"),
-        (["placement=post"], "it has placement.name=pre; say so here too"),
-        (["placement.attn.q=true"], "it has placement.attn.q=False; say so here too"),
+        (["model.n_layer=3"], "it has model.n_layer=2; set that here too"),
+        (["model.n_layer=3", "model.n_head=1"], "model.n_layer=2 model.n_head=2; set that here"),
+        (["placement=post"], "it has placement.name=pre; set that here too"),
+        (["placement.attn.q=true"], "it has placement.attn.q=False; set that here too"),
         (["tokenizer=bpe"], "it uses a different tokenizer"),
         (["init.swap_norm=rmz"], "init.swap_norm=rmz: expected anneal |"),
         (
             ["init.swap_norm=mine", "norm.module=own.py"],
             "expected init.swap_norm=module norm.module=own.py norm.name=mine",
         ),
-        (["init.swap_norm=rms", "norm=rms"], "leave out norm=… beside it"),
+        (["init.swap_norm=rms", "norm=rms"], "leave out norm=…"),
         (["init.swap_norm=rms", "norm.epz=1e-3"], "did you mean 'eps'"),
     ],
 )

@@ -1,1 +1,1 @@
-"""The command line: Hydra's errors in one line, arguments, sweeps."""
+"""The command line: arguments, one-line errors, sweeps."""

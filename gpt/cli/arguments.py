@@ -1,4 +1,4 @@
-"""A command's arguments, before Hydra reads them and after."""
+"""Changes to a command's arguments, before and after Hydra reads them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from gpt.config import check_choice, no_interpolation
 
 
 def training_arguments(argv: list[str]) -> list[str]:
-    """The arguments of train.py as Hydra takes them: paths quoted, `-m` first, which argparse
-    wants, and `++` before the options of a norm whose options Hydra does not know."""
+    """Prepare train.py's arguments for Hydra: quote paths, put `-m` first (argparse needs that),
+    and put `++` before norm options that Hydra does not know."""
     args = [literal(arg, "norm.module") for arg in argv]
     multirun = {"-m", "--multirun"} & set(args)
     of_another = "norm=module" in args or any(a.startswith("init.swap_norm=") for a in args)
@@ -24,10 +24,10 @@ def training_arguments(argv: list[str]) -> list[str]:
 
 
 def literal(arg: str, *keys: str) -> str:
-    """`key=any text`, for one of `keys`, as an override that Hydra reads literally.
+    """Quote `key=any text`, if the key is one of `keys`, so that Hydra reads the text literally.
 
-    Hydra's grammar would trim `prompt=def ` and stumble over `prompt=f(x, y)`. A value that is
-    already quoted for Hydra, and `null`, stay as they are, except in a prompt.
+    Hydra's grammar would trim `prompt=def ` and reject `prompt=f(x, y)`. A value that is already
+    quoted for Hydra stays unchanged, and so does `null`, except in a prompt.
     """
     key, _, value = arg.partition("=")
     if key not in keys:
@@ -38,7 +38,7 @@ def literal(arg: str, *keys: str) -> str:
 
 
 def refuse_another_name(raw: DictConfig, choice: str) -> None:
-    """ConfigError if `norm=layer` comes with the name of another norm: its options are layer's."""
+    """ConfigError if `norm=layer` comes with another norm's name, since its options are layer's."""
     name = OmegaConf.select(raw, "norm.name", throw_on_missing=False)
     if choice != "module" and isinstance(name, str) and name != choice:
         own = "norm=module norm.module=FILE norm.name"
@@ -50,7 +50,7 @@ def refuse_another_name(raw: DictConfig, choice: str) -> None:
 
 
 def swap_norm(raw: DictConfig, overrides: list[str]) -> None:
-    """Put the configuration of the norm `init.swap_norm` in the place of `norm`'s."""
+    """Replace `norm` by the configuration of the norm that `init.swap_norm` names."""
     name = raw.init.swap_norm
     options = sorted(path.stem for path in (CONFIGS / "norm").glob("*.yaml"))
     keys = [override.lstrip("+").split("=")[0] for override in overrides]
@@ -61,7 +61,7 @@ def swap_norm(raw: DictConfig, overrides: list[str]) -> None:
         )
     check_choice("init.swap_norm", name, tuple(options))
     if "norm" in keys:
-        raise ConfigError(f"init.swap_norm={name} says which norm: leave out norm=… beside it")
+        raise ConfigError(f"init.swap_norm={name} already chooses the norm: leave out norm=…")
     given = {k: raw.norm[k[5:]] for k in keys if k.startswith("norm.")}
     raw.norm = OmegaConf.load(CONFIGS / "norm" / f"{name}.yaml")
     for key, value in given.items():

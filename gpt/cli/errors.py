@@ -1,4 +1,4 @@
-"""The command line: Hydra's errors become one line each, with the exit code that fits."""
+"""Errors on the command line: each becomes one line with its exit code, also Hydra's."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from gpt.common.errors import (
 from gpt.common.terminal import fail
 
 TRACEBACK = "GPT_TRACEBACK"  # set it to see the whole traceback of an error
-EXAMPLES = {"sample.py": "run_dir=DIR", "prepare.py": "data=stdlib"}  # of an override
-LAUNCHERS = ("joblib", "ray", "submitit_local", "submitit_slurm")  # each of an extra of its name
-LOST = ("TerminatedWorkerError", "UncompletedJobError")  # joblib's and submitit's, of a killed run
+EXAMPLES = {"sample.py": "run_dir=DIR", "prepare.py": "data=stdlib"}  # an override for each
+LAUNCHERS = ("joblib", "ray", "submitit_local", "submitit_slurm")  # extras: joblib, ray, submitit
+LOST = ("TerminatedWorkerError", "UncompletedJobError")  # raised for killed runs
 
 
 Job = Callable[[DictConfig], None]
 
 
 class Failed(Exception):
-    """An error that has been told already. It holds no reference to the run that raised it."""
+    """An error that was already reported. It holds no reference to the run that raised it."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"exit code {exit_code}")
@@ -48,9 +48,9 @@ class Failed(Exception):
 
 
 def one_line_errors(job: Job) -> Job:
-    """Decorate a Hydra job: a mistake ends it with one line and its exit code.
+    """Decorate a Hydra job: an error ends it with one line and an exit code.
 
-    In a sweep Hydra then goes on with the other runs, and raises the first error at the end.
+    In a sweep Hydra then continues with the other runs and raises the first error at the end.
     """
 
     @wraps(job)
@@ -62,22 +62,22 @@ def one_line_errors(job: Job) -> Job:
             diverged = isinstance(error, Diverged)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             if diverged:
-                return None  # a result like any other
+                return None  # divergence is a result
             raise Failed(code)
-        sys.exit(code)  # Hydra passes an exit on as it is
+        sys.exit(code)  # Hydra passes SystemExit on unchanged
 
     return guarded
 
 
 def run(app: Callable[[], None]) -> None:
-    """Run a Hydra application; a mistake in its configuration is one line on stderr as well."""
+    """Run a script's main function; an error becomes one line on stderr and an exit code."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing
     argparse.ArgumentParser.error = refuse_usage  # type: ignore[assignment, method-assign]
     try:
         try:
             app()
         finally:
-            sys.stdout.flush()  # here, where a reader that has gone is no error to talk about
+            sys.stdout.flush()  # here, so that a closed pipe is handled below
     except Failed as failed:
         sys.exit(failed.exit_code)
     except KeyboardInterrupt:
@@ -87,14 +87,14 @@ def run(app: Callable[[], None]) -> None:
 
 
 def refuse_usage(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """In place of argparse's, Hydra's too: one line without the usage."""
+    """Replaces argparse's error method, also for Hydra: one line without the usage text."""
     hint = "; an override is KEY=VALUE" if parser.description == "Hydra" else ""
     raise UserError(f"{parser.prog}: {message}{hint}; see --help")
 
 
 def tell(error: Exception) -> int:
-    """Say what is wrong in one line on stderr, of a bug the whole traceback; the exit code."""
-    if isinstance(error, BrokenPipeError):  # the reader of our output has gone: `… | head`
+    """Print one line on stderr, or a bug's whole traceback, and return the exit code."""
+    if isinstance(error, BrokenPipeError):  # the reader closed the pipe: `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     message, code = explain(error)
@@ -106,7 +106,7 @@ def tell(error: Exception) -> int:
 
 
 def explain(error: Exception) -> tuple[str, int | None]:
-    """The one line and the exit code for `error`; no code for a bug, which keeps its traceback."""
+    """The one line and the exit code for `error`; the code is None for a bug."""
     if isinstance(error, UserError):
         return " ".join(str(error).split()), error.exit_code
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -116,10 +116,10 @@ def explain(error: Exception) -> tuple[str, int | None]:
     if type(error).__name__ in LOST:  # the launcher's first two lines and the last of the log
         lines = [line for line in str(error).splitlines() if line.strip()]
         said = " ".join(" ".join([*lines[:2], *lines[3:][-1:]]).split())
-        message = f"a process of the sweep is gone: {said}"
-        return f"{message}; the same command goes on with what is left", ProcessLost.exit_code
+        message = f"a process of the sweep has ended: {said}"
+        return f"{message}; the same command continues with the rest", ProcessLost.exit_code
     if 'Could not detect "srun"' in str(error):  # submitit's RuntimeError
-        where = "no srun here; run it on a Slurm cluster"
+        where = "this machine has no srun; run it on a Slurm cluster"
         return f"hydra/launcher=submitit_slurm: {where}", MissingInput.exit_code
     if isinstance(error, OSError):
         return f"{error.filename or 'file'}: {error.strerror or error}", IO_ERROR
@@ -140,20 +140,20 @@ def explain_hydra(error: Exception) -> str:
             return f"{error.override}: expected KEY=VALUE, such as {example}"
         twice = f"\"{error.override.partition('=')[0]}='VALUE'\""
         return f"{error.override}: Hydra cannot read the value; quote it twice: {twice}"
-    if "Ambiguous value" in str(error):  # of several values in a single run
+    if "Ambiguous value" in str(error):  # several values without -m
         override = str(error).splitlines()[0].partition("'")[2].rstrip("'")
-        return f"{override}: one value expected; add -m to run one after another"
+        return f"{override}: expected one value; add -m to run several in turn"
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     key = getattr(cause, "full_key", None)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         composed = cause.parent_node._get_root()
         group = str(key).partition(".")[0]
         owner = OmegaConf.select(composed, f"{group}.name", throw_on_missing=False)
-        subject = f"{group}={owner} has " if owner else ""  # in a sweep one of several
+        subject = f"{group}={owner} has " if owner else ""  # a sweep may have several
         return f"{key}: {subject}no such key{similar_key(str(key), composed)}"
     if key:
         return f"{key}: {str(cause).splitlines()[0]}"
-    if str(error).startswith("Could not override"):  # a group that another script has
+    if str(error).startswith("Could not override"):  # a group that only another script has
         key = str(error).split("'")[1]
         return f"{key}: {Path(sys.argv[0]).name} has no such key; see --help"
     return " ".join(str(error).split())

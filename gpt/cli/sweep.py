@@ -113,7 +113,7 @@ def read_progress(run_dir: Path) -> RunProgress | None:
 
 
 def progress_table(folder: Path, total: int | None, started: float, done_before: float) -> Table:
-    """A table of the runs in `folder`, running runs first, titled by counts and time left."""
+    """A table of the runs in `folder`, running ones first; the title estimates the time left."""
     runs = [r for path in folder.glob("*/config.yaml") if (r := read_progress(path.parent))]
     total = max(total, len(runs)) if total else None
     begun = [r for r in runs if r.state == "begun"]
@@ -166,7 +166,7 @@ def run_sweep(app: Callable[[], None], folder: Path) -> None:
     """Run the sweep of the command line and print a table at the end."""
     run(partial(refuse_sweep, sys.argv[1:]))
     total = count_runs(sys.argv[1:])
-    shared = any(arg.startswith("hydra.sweep.dir=") for arg in sys.argv)  # other commands may use it
+    shared = any(arg.startswith("hydra.sweep.dir=") for arg in sys.argv)  # by several commands
     sys.argv.append(f"hydra.sweep.dir={folder}")
     try:
         with live_table(folder, total):

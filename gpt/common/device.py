@@ -1,4 +1,4 @@
-"""Where and in which precision a model runs."""
+"""The device and the precision that a model runs in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 try:
     import resource
-except ImportError:  # Windows has none
+except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 from gpt.common.errors import MissingInput
@@ -18,12 +18,12 @@ from gpt.common.processes import world_size
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first of CUDA, MPS and CPU that is there; a device that is not is an error.
+    """The device; `auto` is the first available of CUDA, MPS and CPU. MissingInput if unavailable.
 
-    `cuda:N` becomes torch's current device: it is the one asked whether it has bfloat16.
+    `cuda:N` becomes torch's current device, which torch then asks for bfloat16 support.
     """
     available = ["cpu"]
-    # Several processes could not exchange MPS's tensors.
+    # Several processes cannot exchange MPS tensors.
     if torch.backends.mps.is_available() and world_size() == 1:
         available.insert(0, "mps")
     if torch.cuda.is_available():
@@ -38,19 +38,19 @@ def resolve_device(name: str) -> torch.device:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget what earlier runs of this process took, where the system lets us: not on macOS."""
+    """Exclude earlier runs of this process from the peak memory; impossible on macOS."""
     if device.type == "cuda":
-        torch.cuda.init()  # before it there are no statistics to reset
+        torch.cuda.init()  # otherwise there are no statistics to reset
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on CUDA; else the process's largest size."""
+    """The peak memory in bytes: of tensors on CUDA, otherwise of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, IndexError):  # Linux alone has it, and not everywhere
+    with suppress(OSError, IndexError):  # only on Linux, and not on every system
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     if resource is None:
         return 0
@@ -59,7 +59,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def precision(device: torch.device, dtype: str) -> str:
-    """`auto` is bfloat16 where CUDA computes in it, float32 elsewhere."""
+    """The dtype; `auto` is bfloat16 if CUDA supports it natively, otherwise float32."""
     if dtype == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if bf16 else "float32"
@@ -67,7 +67,7 @@ def precision(device: torch.device, dtype: str) -> str:
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Matrix products in bfloat16 where `precision` says so; the rest as autocast has it."""
+    """Autocast to bfloat16 if that is what `precision` returns; otherwise it does nothing."""
     enabled = precision(device, dtype) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -75,7 +75,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 def seed_device(device: torch.device, seed: int) -> None:
     """Seed the CPU's generator and the device's.
 
-    `torch.manual_seed` seeds every kind of device, which takes it 0.3 to 1 ms.
+    `torch.manual_seed` would seed every kind of device, which takes 0.3 to 1 ms.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
@@ -83,9 +83,9 @@ def seed_device(device: torch.device, seed: int) -> None:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Let a resumed run on CUDA repeat the same bits; CPU kernels do so by themselves.
+    """Use deterministic kernels on CUDA, so that a resumed run repeats the same bits.
 
-    An operation that cannot raises RuntimeError and says so.
+    CPU kernels already do. An operation without a deterministic kernel raises RuntimeError.
     """
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True)

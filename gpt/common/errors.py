@@ -1,4 +1,4 @@
-"""What a user can mend: each error is one line, and each kind has its own exit code (sysexits)."""
+"""Errors that a user can fix: each is one line, and each kind has its exit code (sysexits)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Diverged(UserError):
 
 
 class DataError(UserError):
-    """A file is there and its content is wrong."""
+    """A file exists, but its content is wrong."""
 
     exit_code = 65
 
 
 class MissingInput(UserError):
-    """A file, data set or device that was asked for is not there."""
+    """A requested file, data set or device is missing."""
 
     exit_code = 66
 
@@ -37,7 +37,7 @@ class Locked(UserError):
 
 
 class ProcessLost(UserError):
-    """Another of a run's processes has ended."""
+    """Another process of the same run has ended."""
 
     exit_code = 74
 
@@ -52,6 +52,6 @@ IO_ERROR = 74  # the exit code of an OSError that reaches the command line: disk
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
-    """`; did you mean 'layer'?`, or nothing where no option is close."""
+    """`; did you mean 'layer'?`, or an empty string if no option is close."""
     matches = get_close_matches(word, list(options), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read to the last whole line."""
+"""Files: atomic writes, and reads that tolerate an unfinished last line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_atomically(path: Path, text: str) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; a last line that a kill left unfinished is dropped.
 
-    DataError where another line is no row, since what follows it would be lost with it.
+    Any other damaged line raises DataError, because the rows after it would be lost too.
     """
     rows = []
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
@@ -37,7 +37,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; MissingInput or DataError, naming the file, where there is none."""
+    """A JSON object; MissingInput if the file is missing, DataError if it is damaged."""
     try:
         return dict(json.loads(path.read_bytes()))
     except FileNotFoundError as error:
@@ -55,7 +55,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to the disk; Windows opens no folder."""
+    """Flush a file's content, or a folder's entries, to the disk; on Windows it skips folders."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

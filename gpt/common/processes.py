@@ -1,7 +1,7 @@
 """One run on several processes: `torchrun --nproc-per-node=2 scripts/train.py …`.
 
-Each takes an equal share of every batch, so that the run is the same whatever their number is, up
-to rounding and to dropout, where there is any.
+Each process takes an equal share of every batch. The run is the same for any number of processes,
+up to rounding and dropout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from gpt.common.errors import ConfigError, ProcessLost
 
 Value = TypeVar("Value")
-TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # which it sets beside WORLD_SIZE
+TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them and WORLD_SIZE
 
 
 def world_size() -> int:
@@ -35,9 +35,9 @@ def rank() -> int:
 
 @contextmanager
 def processes(device: str) -> Iterator[None]:
-    """Inside, the processes that torchrun has started know one another; alone, nothing happens.
+    """Inside, the processes started by torchrun are connected; a single one changes nothing.
 
-    device  what the run was asked for: of `cuda` each process takes one of its own
+    device  the run's `device` setting; on CUDA each process takes a device of its own
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -48,16 +48,16 @@ def processes(device: str) -> Iterator[None]:
             "which sets both, or unset WORLD_SIZE"
         )
     if ":" in device:
-        raise ConfigError(f"device={device}: each of several processes has its own; say cuda")
+        raise ConfigError(f"device={device}: each process needs its own device; use device=cuda")
     if device == "mps":
-        raise ConfigError("device=mps: one process alone can use it; say device=cpu")
+        raise ConfigError("device=mps: only one process can use it; use device=cpu")
     on_cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if on_cuda:
         here, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if here > devices:
             raise ConfigError(
-                f"device={device}: {here} processes, but {devices} CUDA devices; start as many, or "
-                "say device=cpu"
+                f"device={device}: {here} processes, but {devices} CUDA devices; start at most "
+                f"{devices} processes, or use device=cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_cuda else "gloo")
@@ -65,35 +65,35 @@ def processes(device: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # The frames hold the model's Reducer, which as the group's last owner would wait, with the
-        # interpreter locked, for a thread of gloo's that waits for the interpreter.
+        # The frames hold the model's Reducer. As the group's last owner it would deadlock: it waits
+        # for a gloo thread with the interpreter locked, and that thread waits for the interpreter.
         traceback.clear_frames(error.__traceback__)
         if not isinstance(error, RuntimeError) or "onnection" not in str(error):  # gloo's, NCCL's
             raise
         raise ProcessLost(
-            "another process of this run has ended; unless its own line names another cause, the "
-            "same command resumes the run"
+            "another process of this run has ended; the same command resumes the run, unless that "
+            "process reported another cause"
         ) from error
     finally:
         dist.destroy_process_group()
 
 
 def leave_unless_failing(number: int, _: object) -> None:
-    """Exit, but let an error that is on its way be printed first.
+    """Exit, unless an error is being raised: that error is printed first.
 
-    torchrun sends SIGTERM to all other processes once one is gone.
+    torchrun sends SIGTERM to all other processes when one has ended.
     """
     if sys.exc_info()[0] is None:
         raise SystemExit(128 + number)
 
 
 def share(rows: np.ndarray) -> np.ndarray:
-    """This process's part of the rows, as many as every other's."""
+    """This process's share of the rows; all shares are equal."""
     return rows.reshape(world_size(), -1)[rank()]
 
 
 def from_all_processes(value: Value) -> list[Value]:
-    """What each process has for `value`; all must ask, and so wait for one another."""
+    """The `value` of each process. All processes must call it and wait for one another."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -101,7 +101,7 @@ def from_all_processes(value: Value) -> list[Value]:
 
 
 def on_any_process(flag: bool) -> bool:
-    """Whether `flag` holds on one of the processes; all must ask, as above."""
+    """Whether `flag` is true on any process. All processes must call it."""
     return any(from_all_processes(flag))
 
 
@@ -110,7 +110,7 @@ def wait_for_all() -> None:
 
 
 class MeanOverProcesses(torch.autograd.Function):
-    """The mean of a tensor over all processes, whose gradient is the mean of theirs."""
+    """The mean of a tensor over all processes; its gradient is the mean of their gradients."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
@@ -124,5 +124,5 @@ class MeanOverProcesses(torch.autograd.Function):
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
-    """x where there is one process; else the mean of all of theirs, which all must ask for."""
+    """The mean of x over all processes, which must all call it; with one process, x."""
     return MeanOverProcesses.apply(x) if world_size() > 1 else x

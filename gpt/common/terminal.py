@@ -1,4 +1,4 @@
-"""All that the program prints: text on stdout, warnings and errors on stderr, tables by rich."""
+"""All output of the program: text on stdout, warnings and errors on stderr, tables by rich."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 class Terminal(Console):
-    """Prints text as it is; at least 120 columns wide in a file or a pipe, to keep names whole."""
+    """Prints text unchanged. In a file or a pipe it has at least 120 columns, to fit names."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, **options)

@@ -1,1 +1,1 @@
-"""From a text to batches: corpora, tokenizers, token files."""
+"""Data, from text to batches: corpora, tokenizers, token files."""

@@ -20,7 +20,7 @@ def windows(ids: np.ndarray, starts: np.ndarray, block_size: int) -> Tensor:
 
 def to_device(window: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Windows as inputs and targets, each (B, T), on `device`."""
-    if device.type == "cuda":  # from pinned memory the copy need not be waited for
+    if device.type == "cuda":  # a copy from pinned memory is asynchronous
         window = window.pin_memory().to(device, non_blocking=True)
     else:
         window = window.to(device)
@@ -29,8 +29,8 @@ def to_device(window: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class TrainBatches:
-    """Random windows. Those of a step follow from the seed and the step alone, so that runs with
-    equal seeds see equal batches and a resumed run needs no position but its step."""
+    """Random windows, chosen by the seed and the step alone. Runs with equal seeds see equal
+    batches, and a resumed run needs only its step."""
 
     ids: np.ndarray
     batch_size: int
@@ -53,7 +53,7 @@ class TrainBatches:
 
 @dataclass(frozen=True)
 class ValBatches:
-    """Windows side by side, evenly spread over the split, at most max_tokens: always the same."""
+    """Disjoint windows, at most max_tokens in all, evenly spread over the split: a fixed set."""
 
     ids: np.ndarray
     batch_size: int
@@ -66,7 +66,7 @@ class ValBatches:
         return np.linspace(0, available - 1, count).astype(np.int64) * self.block_size
 
     def on(self, device: torch.device, equal: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets, each (B, T); `equal`: without a batch of fewer windows."""
+        """Inputs and targets, each (B, T). `equal` drops a last batch of fewer windows."""
         starts = self.starts()
         if equal:
             starts = starts[: len(starts) // self.batch_size * self.batch_size]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
-import os
 import re
 import socket
 import sysconfig
@@ -22,17 +21,17 @@ from gpt.common.errors import ConfigError, DataError, MissingInput, UserError, n
 from gpt.config import DataConfig, check_choice
 
 Document = tuple[str, str]  # ("train" | "val", text)
-CHUNK = 1 << 20  # bytes of a large text file that are held at a time
+CHUNK = 1 << 20  # bytes of a text file that are in memory at a time
 VAL_EVERY = 10  # every tenth document is validation
 KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """name       a folder name
-    key        changes when the documents would; cheap to know before they are read
-    documents  yields (split, text), the same each time it is called
-    separate   whether documents are texts of their own, to be kept apart by a separator
+    """name       the name of its folder
+    key        changes whenever the documents change; cheap to compute, without reading them
+    documents  yields (split, text), the same at each call
+    separate   whether documents are separate texts, to be kept apart by a separator token
     """
 
     name: str
@@ -42,7 +41,7 @@ class Corpus:
 
 
 def open_corpus(cfg: DataConfig) -> Corpus:
-    """The corpus that `data=` names, or the one-line error with the nearest name."""
+    """The corpus that `data=` names; ConfigError, with the nearest name, if there is none."""
     check_choice("data.name", cfg.name, tuple(CORPORA))
     return CORPORA[cfg.name](cfg)
 
@@ -54,9 +53,9 @@ def digest(*parts: str) -> str:
 def pydoc(cfg: DataConfig) -> Corpus:
     """The language reference in `pydoc_data`, split by topic.
 
-    Topics quote one another at length (`compound` holds all of `if`, `for` and `while`), so that
-    a fifth of the text is there twice. A paragraph counts once, in the largest topic that has it;
-    otherwise validation would ask for what training has shown.
+    Topics quote each other at length (`compound` contains all of `if`, `for` and `while`): a fifth
+    of the text occurs twice. A paragraph is kept once, in the largest topic that has it. Otherwise
+    validation would contain training text.
     """
     try:
         from pydoc_data.topics import topics
@@ -74,9 +73,9 @@ def pydoc(cfg: DataConfig) -> Corpus:
 
 
 def stdlib(cfg: DataConfig) -> Corpus:
-    """The sources of this Python's standard library, without its tests and installed packages; and
-    without `encodings`, whose tables repeat one another, so that validation would ask for what
-    training has shown."""
+    """The sources of this Python's standard library, without tests and installed packages. The
+    package `encodings` is left out too: its tables repeat each other, so that validation would
+    contain training text."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
     files = [
@@ -96,7 +95,7 @@ def interleave(texts: Iterable[str], offset: int = VAL_EVERY - 1) -> Iterator[Do
 
 
 def text(cfg: DataConfig) -> Corpus:
-    """A UTF-8 file, or the files of a folder one after the other; the last tenth is validation."""
+    """A UTF-8 file, or the files of a folder in order; the last tenth is validation."""
     path = Path(cfg.path or "")
     if not path.exists():
         raise MissingInput(f"data.path={cfg.path}: no such file or folder")
@@ -143,12 +142,12 @@ def hf(cfg: DataConfig) -> Corpus:
     """A data set through `datasets`: local files (jsonl, parquet, csv, text) or a name on the hub.
 
     Its `validation` or `test` split is validation; without one, every tenth document is. A data
-    set on the hub is known by its name alone: where it changes there, delete its folder in data/.
+    set on the hub is identified by its name only: if it changes there, delete its folder in data/.
     """
     path = str(cfg.path)
     files = local_files(path)
     if files and cfg.subset:
-        raise ConfigError(f"data.subset={cfg.subset}: files have none; leave it out")
+        raise ConfigError(f"data.subset={cfg.subset}: local files have no subsets; leave it out")
     options = (str(cfg.subset), cfg.column, str(cfg.max_documents))
     key = digest(path, *options, file_key(files) if files else "hub")
     return Corpus(slug(path), key, lambda: read_dataset(cfg, path, files))
@@ -157,19 +156,15 @@ def hf(cfg: DataConfig) -> Corpus:
 def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Document]:
     if files and not any(file.stat().st_size for file in files):
         raise DataError(f"data.path={path}: it is empty")
-    if not files and not hub_reachable():
+    offline = not files and not hub_reachable()
+    if offline:
         from huggingface_hub import constants
 
-        constants.HF_HUB_OFFLINE = True  # what the cache has, without half a minute of retries
-        if not hub_cached(path):
-            raise MissingInput(
-                f"data.path={path}: no such file, and the hub cannot be reached; give local "
-                "jsonl, parquet, csv or text files, or use data=pydoc"
-            )
+        constants.HF_HUB_OFFLINE = True  # use the cache, without half a minute of retries
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below
     source: dict[str, Any] = {"path": path, "name": cfg.subset}
     try:
         if files:
@@ -188,29 +183,34 @@ def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Docu
             yield from (("val", text) for text in texts_of(splits[val], cfg))
     except UserError:
         raise
-    except Exception as error:  # whatever the library makes of a file or a name that it cannot read
+    except Exception as error:  # the library raises many kinds for what it cannot read
+        if offline and isinstance(error, ConnectionError | FileNotFoundError):
+            raise MissingInput(
+                f"data.path={path}: no such file, and the hub cannot be reached; give local "
+                "jsonl, parquet, csv or text files, or use data=pydoc"
+            ) from error
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise DataError(f"data.path={path}: {reason}") from error
 
 
 def options_of(kind: str, files: list[Path], cfg: DataConfig) -> dict[str, Any]:
-    """What `datasets` must be told to leave texts as they are written."""
+    """Options with which `datasets` leaves texts as they are written."""
     from datasets import Features, Value
 
     if kind == "text":
-        return {"sample_by": "paragraph"}  # else every line is a document
+        return {"sample_by": "paragraph"}  # otherwise every line is a document
     if kind != "csv":
         return {}
     for file in files:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             check_column(cfg, next(csv.reader(lines), []))
-    # Else 00001 becomes 1, and NA nothing.
+    # Otherwise 00001 becomes 1, and NA becomes a missing value.
     return {"features": Features({cfg.column: Value("string")}), "keep_default_na": False}
 
 
 def texts_of(rows: Any, cfg: DataConfig) -> Iterator[str]:
-    """The column's texts, at most max_documents; a row without text is passed over."""
+    """The column's texts, at most max_documents; a row without text is skipped."""
     for i, row in enumerate(rows):
         if i == cfg.max_documents:
             return
@@ -218,8 +218,8 @@ def texts_of(rows: Any, cfg: DataConfig) -> Iterator[str]:
         text = row[cfg.column]
         if not isinstance(text, str | None):
             raise DataError(
-                f"data.column={cfg.column}: {cfg.path} has {type(text).__name__} there; "
-                "expected text"
+                f"data.column={cfg.column}: {cfg.path} has values of type {type(text).__name__} "
+                "there; expected text"
             )
         if text:
             yield text
@@ -234,10 +234,10 @@ def check_column(cfg: DataConfig, columns: Iterable[str]) -> None:
 
 
 def local_files(path: str) -> list[Path]:
-    """The data files that `path` (file, folder, glob or comma-separated list of these) names.
+    """The data files that `path` names: a file, a folder, a glob, or several, with commas between.
 
-    No files where it can only be a name on the hub; UserError where a part of it is missing, is of
-    a kind that cannot be read, or of another kind than the others.
+    Empty if `path` can only be a name on the hub. Raises UserError if a part of it is missing, if a
+    file is of a kind that cannot be read, or if the files are of several kinds.
     """
     files: list[Path] = []
     missing: list[str] = []
@@ -262,7 +262,7 @@ def local_files(path: str) -> list[Path]:
 
 
 def hub_reachable(timeout: float = 0.5) -> bool:
-    """Whether the hub answers within `timeout` seconds, or a proxy stands before it."""
+    """Whether the hub answers within `timeout` seconds; true if a proxy is configured."""
     from huggingface_hub.constants import ENDPOINT
 
     address = urlsplit(ENDPOINT)
@@ -276,21 +276,14 @@ def hub_reachable(timeout: float = 0.5) -> bool:
             socket.create_connection((address.hostname or "", port), timeout).close()
             answered.append(True)
 
-    thread = Thread(target=connect, daemon=True)  # looking up a name knows no timeout
+    thread = Thread(target=connect, daemon=True)  # a name lookup has no timeout
     thread.start()
     thread.join(timeout)
     return bool(answered)
 
 
-def hub_cached(name: str) -> bool:
-    """Whether `datasets` has prepared the data set `owner/name` on this machine before."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    cache = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
-    return (cache / name.replace("/", "___")).is_dir()
-
-
 def file_key(files: list[Path]) -> str:
-    """From names, sizes and times: a changed file has another key without being read."""
+    """A hash of names, sizes and times, so that files need not be read."""
     return digest(*(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files))
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers, all of them run by tiktoken: the 256 bytes, a BPE trained on the corpus, GPT-2's."""
+"""Tokenizers, all run by tiktoken: the 256 bytes, a BPE trained on the corpus, GPT-2's."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BPE_VOCAB = 1024
-BPE_CHARACTERS = 20_000_000  # a BPE is trained on at most so much text
-# GPT-2's way to cut text into words: contractions, letters, digits, the rest, white space. Unlike
-# GPT-2's a word ends after 128 characters: the time to merge one grows with its length squared.
+BPE_CHARACTERS = 20_000_000  # a BPE is trained on at most this much text
+# GPT-2's split of text into words: contractions, letters, digits, the rest, white space. Unlike in
+# GPT-2, a word ends after 128 characters, because merging takes time quadratic in its length.
 PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,128}| ?\p{N}{1,128}| ?[^\s\p{L}\p{N}]{1,128}"""
     r"""|\s{1,128}(?!\S)|\s{1,128}"""
@@ -35,7 +35,7 @@ def make_tokenizer(name: str, texts: Iterable[str]) -> tiktoken.Encoding:
     return from_ranks(name, tuple(byte_ranks() if name == "bytes" else train_bpe(texts)))
 
 
-@lru_cache(maxsize=8)  # a sweep's runs share a process, and tiktoken takes 0.1 s to make one
+@lru_cache(maxsize=8)  # a sweep's runs share a process; making one takes 0.1 s
 def from_ranks(name: str, ranks: tuple[bytes, ...]) -> tiktoken.Encoding:
     """An encoding whose token i is `ranks[i]`, merged in that order."""
     mergeable = {token: rank for rank, token in enumerate(ranks)}
@@ -66,8 +66,8 @@ def train_bpe(texts: Iterable[str]) -> list[bytes]:
 
 
 def train_library_bpe(texts: Iterable[str]) -> Tokenizer:
-    """The same, as `tokenizers` has it: trained there, but run by tiktoken, which is ten times
-    as fast and cuts text alike."""
+    """The same BPE as an object of the `tokenizers` library, which trains it. tiktoken runs it:
+    ten times as fast, with the same tokens."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -102,13 +102,13 @@ def byte_letters() -> dict[str, int]:
 
 
 def separator(tokenizer: tiktoken.Encoding) -> list[int]:
-    """What stands between two documents: <|endoftext|>, or an empty line where there is none."""
+    """The tokens between two documents: <|endoftext|> for GPT-2, otherwise an empty line."""
     return [tokenizer.eot_token] if tokenizer.name == "gpt2" else tokenizer.encode_ordinary("\n\n")
 
 
 def token_bytes(tokenizer: tiktoken.Encoding) -> list[int]:
     """The number of bytes of text that each token stands for. <|endoftext|> counts as 2 bytes, the
-    length of the others' "\n\n" separator, so that bits a byte compare."""
+    length of the others' "\n\n" separator, so that bits per byte are comparable."""
     special = {tokenizer.encode_single_token(t) for t in tokenizer.special_tokens_set}
     return [
         2 if token in special else len(tokenizer.decode_single_token_bytes(token))
@@ -117,7 +117,7 @@ def token_bytes(tokenizer: tiktoken.Encoding) -> list[int]:
 
 
 def save_tokenizer(tokenizer: tiktoken.Encoding, path: Path) -> None:
-    """As JSON: the name and, but for GPT-2's, every token's bytes in base64."""
+    """Write JSON: the name and, except for GPT-2, every token's bytes in base64."""
     content: dict[str, Any] = {"name": tokenizer.name}
     if tokenizer.name != "gpt2":
         tokens = (tokenizer.decode_single_token_bytes(t) for t in range(tokenizer.n_vocab))
@@ -136,6 +136,6 @@ def load_tokenizer(path: Path | str) -> tiktoken.Encoding:
 
 
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:
-    """SHA-256 over all tokens' bytes: equal fingerprints cut text alike."""
+    """SHA-256 over all tokens' bytes: tokenizers with equal fingerprints split text alike."""
     tokens = (tokenizer.decode_single_token_bytes(t) for t in range(tokenizer.n_vocab))
     return hashlib.sha256(b"\0".join(base64.b64encode(t) for t in tokens)).hexdigest()

@@ -40,12 +40,12 @@ FORMAT = "2"  # part of a prepared folder's key: raise it when preparation chang
 @dataclass(frozen=True)
 class Header:
     """dtype           `<u2` or `<u4`
-    n_tokens        how many follow
-    n_bytes         of the text they were made from
+    n_tokens        the number of tokens
+    n_bytes         the number of bytes of the text they encode
     vocab_size      every token is below it
-    tokenizer       its name
-    fingerprint     of the tokenizer
-    corpus_sha256   of the whole corpus's text, both splits
+    tokenizer       the tokenizer's name
+    fingerprint     the tokenizer's fingerprint
+    corpus_sha256   SHA-256 of the corpus's text, both splits
     """
 
     dtype: str
@@ -76,9 +76,10 @@ class Data:
 
 
 def prepare(cfg: Config) -> Data:
-    """The prepared corpus of `cfg`, made now if it is not there.
+    """The prepared corpus of `cfg`, which is prepared now if it is missing.
 
-    Only one process prepares a folder, others wait; it appears whole or not at all.
+    Only one process prepares a folder, and the other processes wait. The folder appears complete or
+    not at all.
     """
     corpus = open_corpus(cfg.data)
     key = digest(FORMAT, corpus.key, cfg.tokenizer)[:12]
@@ -89,13 +90,13 @@ def prepare(cfg: Config) -> Data:
             if not is_complete(folder):
                 say(f"preparing {corpus.name} in {folder}")
                 temporary = folder.with_name(f"{folder.name}.tmp")
-                shutil.rmtree(temporary, ignore_errors=True)  # of a preparation that was killed
+                shutil.rmtree(temporary, ignore_errors=True)  # left by a killed preparation
                 try:
                     write_folder(corpus, cfg.tokenizer, temporary)
-                    shutil.rmtree(folder, ignore_errors=True)  # where a part of it was deleted
+                    shutil.rmtree(folder, ignore_errors=True)  # incomplete: a file was deleted
                     os.replace(temporary, folder)
                 finally:
-                    shutil.rmtree(temporary, ignore_errors=True)  # of one that was refused
+                    shutil.rmtree(temporary, ignore_errors=True)  # left by an error
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     train, val = (open_tokens(folder / f"{split}.bin") for split in ("train", "val"))
     for tokens in (train, val):
@@ -153,7 +154,7 @@ def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
 
 
 def open_tokens(path: Path) -> Tokens:
-    """A token file, refused with DataError where header and content do not agree."""
+    """Open a token file; DataError if its header and content do not agree."""
     with path.open("rb") as file:
         head = file.read(HEADER_BYTES)
     if not head.startswith(MAGIC):

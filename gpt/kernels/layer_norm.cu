@@ -1,20 +1,25 @@
 // LayerNorm forward and backward, each with the residual add fused.
 //
 // Compiled at run time, once for each combination of these macros; needs no header:
-//   C                   features a row
-//   VEC                 elements an access: 1, 2, 4 or 8; divides C, and every pointer is aligned to it
-//   THREADS             threads a row, a multiple of 32
-//   ROWS                rows a block at a time; in forward 1 unless THREADS is 32, in
-//                       backward 15 at most unless THREADS is 32
-//   BLOCKS              blocks that a multiprocessor must have registers for at once
-//   CACHED              1: a thread holds its part of the row in registers; 0: it reads it again
+//   C                   features in a row
+//   VEC                 elements in an access: 1, 2, 4 or 8; C is a multiple of VEC, and every
+//                       pointer is aligned to VEC elements
+//   THREADS             threads for a row, a multiple of 32
+//   ROWS                rows that a block takes at a time; unless THREADS is 32, 1 in forward and
+//                       at most 15 in backward
+//   BLOCKS              blocks that must fit into a multiprocessor's registers at the same time
+//   CACHED              1: a thread keeps its part of the row in registers; 0: it reads it again
 //   X_T B_T Y_T W_T     float, bf16 or fp16: the stream, the branch, the output, the weights
-//   BRANCH BIAS         1 where there is a branch to add (in backward, a gradient of the stream), a bias
-//   FORWARD             1 or 0: which of the two directions is compiled
+//   BRANCH              1 if there is a branch to add (in backward, a gradient of the stream)
+//   BIAS                1 if there is a bias
+//   FORWARD             1 compiles forward, 0 backward
 //
-// Statistics are fp32. The variance is biased and taken in two passes over registers, corrected for
-// the rounding of the mean, so that data far from 0 lose nothing. Nothing is atomic: every sum has
-// a fixed order, and two runs agree to the bit.
+// Statistics are fp32. The variance is biased. It is computed in two passes over registers and
+// corrected for the rounding of the mean, so that data far from 0 lose no precision. Nothing is
+// atomic: every sum has a fixed order, and two runs give the same bits.
+//
+// A comment `mutant NAME (FAULT at C): OLD → NEW` marks an error that the tests must notice:
+// tests/test_kernels.py replaces OLD by NEW in the line above and expects FAULT at this C.
 
 typedef long long i64;
 struct bf16 { unsigned short bits; };
@@ -31,12 +36,12 @@ __device__ inline void from_float(float f, float& v) { v = f; }
 __device__ inline void from_float(float f, fp16& v) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v.bits) : "f"(f));
 }
-__device__ inline void from_float(float f, bf16& v) {  // to nearest even; a NaN stays one
+__device__ inline void from_float(float f, bf16& v) {  // to nearest even; a NaN stays a NaN
     const unsigned u = __float_as_uint(f);
     v.bits = f != f ? 0x7fff : (unsigned short)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// VEC elements, read and written in as few instructions as they fit into.
+// VEC elements, read and written in as few instructions as possible.
 template <int BYTES> struct Words { uint4 word[BYTES / 16]; };
 template <> struct Words<8> { uint2 word[1]; };
 template <> struct Words<4> { unsigned word[1]; };
@@ -54,10 +59,11 @@ __device__ inline Pack<T> read(const T* p) {
 }
 template <typename W>
 __device__ inline void put(W* p, W w) { *p = w; }
-// In one store: the compiler, left to itself, may make four of it.
+// In one store: left to itself, the compiler may split it into four.
 __device__ inline void put(uint4* p, uint4 w) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                  :: "l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+    // mutant words exchanged (wrong at 768): "r"(w.x), "r"(w.y) → "r"(w.y), "r"(w.x)
 }
 __device__ inline void put(uint2* p, uint2 w) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(w.x), "r"(w.y) : "memory");
@@ -77,7 +83,7 @@ __device__ inline void unpack(const Pack<T>& pack, float (&v)[VEC]) {
     for (int i = 0; i < VEC; i++) v[i] = to_float(pack.v[i]);
 }
 template <>
-__device__ inline void unpack(const Pack<bf16>& pack, float (&v)[VEC]) {  // by words: half the work
+__device__ inline void unpack(const Pack<bf16>& pack, float (&v)[VEC]) {  // word by word
     if constexpr (VEC == 1) {
         v[0] = to_float(pack.v[0]);
     } else {
@@ -90,11 +96,12 @@ __device__ inline void unpack(const Pack<bf16>& pack, float (&v)[VEC]) {  // by 
         }
     }
 }
-// Two of them in the halves of a word.
+// Two 16-bit numbers in one 32-bit word.
 __device__ inline unsigned both(float low, float high, bf16) {
 #if __CUDA_ARCH__ >= 800
     unsigned word;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    // mutant halves of a word exchanged (wrong at 768): "f"(high), "f"(low) → "f"(low), "f"(high)
     return word;
 #else
     bf16 l, h;
@@ -133,35 +140,45 @@ __device__ inline void store(T* p, const float (&v)[VEC]) {
     write(p, rounded<T>(v));
 }
 
-// The sums of a and b over the threads of a row, the same in each of them.
+// Wait for the threads of this row only: the block's other rows go on.
+__device__ inline void row_barrier() {
+    if (ROWS == 1) {
+        __syncthreads();
+    } else {
+        asm volatile("barrier.sync %0, %1;"
+                     :: "r"(threadIdx.x / THREADS + 1), "n"(THREADS) : "memory");
+        // mutant a barrier for the wrong row (a deadlock at 768): THREADS + 1 → THREADS / 2 + 1
+        // mutant a barrier that does not exist (no such barrier at 768): THREADS + 1 → THREADS + 13
+    }
+}
+
+// The sums of a and b over the threads of a row; each of these threads gets both sums.
 constexpr int WARPS = THREADS / 32;
 __device__ inline void row_sum(float& a, float& b, float2* shared) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
+        // mutant a lane left out (wrong at 768): step > 0 → step > 1
         a += __shfl_xor_sync(0xffffffffu, a, step);
         b += __shfl_xor_sync(0xffffffffu, b, step);
     }
     if (WARPS == 1) return;
     if (threadIdx.x % 32 == 0) shared[threadIdx.x % THREADS / 32] = make_float2(a, b);
-    if (ROWS == 1) {
-        __syncthreads();
-    } else {  // the threads of this row alone: the block's other rows need not wait for it
-        asm volatile("barrier.sync %0, %1;"
-                     :: "r"(threadIdx.x / THREADS + 1), "n"(THREADS) : "memory");
-    }
+    row_barrier();
+    // mutant no barrier in a row's sum (a race at 768): row_barrier(); → ;
     a = b = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
+        // mutant a warp left out (wrong at 768): w < WARPS → w < WARPS - 1
         a += shared[w].x;
         b += shared[w].y;
     }
 }
 
-constexpr int STEPS = (C + THREADS * VEC - 1) / (THREADS * VEC);  // accesses of a thread to a row
+constexpr int STEPS = (C + THREADS * VEC - 1) / (THREADS * VEC);  // accesses per thread and row
 constexpr int HELD = CACHED ? STEPS : 1;
 constexpr int UNROLL = CACHED ? STEPS : 4;
-constexpr bool EVEN = C % (THREADS * VEC) == 0;  // else the last access may reach past the row
-// The first element of each access, and where it is held.
+constexpr bool EVEN = C % (THREADS * VEC) == 0;  // else the last access may pass the end
+// A thread's accesses to a row: c is the first element, h is where the elements are held.
 #define EACH_ACCESS                                                          \
     _Pragma("unroll UNROLL") for (int s = 0; s < STEPS; s++)                 \
         if (const int c = (s * THREADS + lane) * VEC, h = CACHED ? s : 0;    \
@@ -170,7 +187,7 @@ constexpr bool EVEN = C % (THREADS * VEC) == 0;  // else the last access may rea
 #if FORWARD
 
 // stream = x + branch, rounded to X_T; y = weight (stream − mean) rstd + bias.
-// One row for each THREADS threads; x, branch, y, stream (n_rows, C), mean and rstd (n_rows).
+// THREADS threads take one row. x, branch, y and stream are (n_rows, C), mean and rstd (n_rows).
 extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_forward(
     const X_T* x, const B_T* branch, const W_T* weight, const W_T* bias, Y_T* y, X_T* stream,
     float* mean, float* rstd, i64 n_rows, float eps) {
@@ -178,7 +195,10 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
     const int lane = threadIdx.x % THREADS;
     const i64 row = (i64)blockIdx.x * ROWS + threadIdx.x / THREADS;
     if (row >= n_rows) return;
+    // mutant a row past the end (out of bounds at 512): >= → >
+    // mutant half a warp (a shuffle without the whole warp at 32): n_rows → n_rows || lane > 5
     x += row * C;
+    // mutant a row read askew (misaligned at 768): row * C → row * C + 2
     y += row * C;
     if (BRANCH) {
         branch += row * C;
@@ -190,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
         from_x[h] = read(x + c);
         if (BRANCH) from_branch[h] = read(branch + c);
     };
-    if (CACHED) {  // all of the row is on its way before the first of it is used
+    if (CACHED) {  // request the whole row before using any of it
         EACH_ACCESS request(c, h);
     }
     float v[HELD][VEC];
@@ -205,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
             for (int i = 0; i < VEC; i++) b[i] += v[h][i];
             const Pack<X_T> total = rounded<X_T>(b);
             write(stream + c, total);
-            unpack(total, v[h]);  // what backward will read is what is normalised here
+            unpack(total, v[h]);  // normalise what backward will read
         }
 #pragma unroll
         for (int i = 0; i < VEC; i++) sum += v[h][i];
@@ -224,9 +244,11 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
         }
     }
     row_sum(square, rest, shared[1]);
+    // mutant one buffer for both sums (a race at 8200): shared[1] → shared[0]
     const float shift = rest * (1.0f / C);  // what the mean lost to rounding
     float variance = square * (1.0f / C) - shift * shift;
-    if (variance < 0.0f) variance = 0.0f;  // and a NaN stays one
+    // mutant unbiased variance (wrong at 768): square * (1.0f / C) → square * (1.0f / (C - 1))
+    if (variance < 0.0f) variance = 0.0f;  // a NaN stays a NaN
     const float scale = rsqrtf(variance + eps), offset = -shift * scale;
     EACH_ACCESS {
         if (!CACHED) {
@@ -245,6 +267,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
         store(y + c, out);
     }
     if (lane == 0) {
+        // mutant a mean of two lanes (threads wrote to one place at 768): lane == 0 → lane < 2
         mean[row] = rough + shift;
         rstd[row] = scale;
     }
@@ -256,13 +279,13 @@ template <typename A, typename B> constexpr bool SAME = false;
 template <typename T> constexpr bool SAME<T, T> = true;
 
 // dx = rstd (g − mean(g) − x̂ mean(g x̂)) + dstream, where g = dy weight and x̂ = (x − mean) rstd;
-// dbranch is the same, rounded to B_T, where that is another type.
+// dbranch is the same, rounded to B_T; it is written only if B_T and X_T differ.
 
 #if CACHED
 
-// Persistent: the block's ROWS groups of THREADS threads take a row each, and go on to further ones
-// without waiting for each other. Block b leaves the sums of its rows' dy x̂ and dy in partial[b][0]
-// and partial[b][1], (gridDim.x, 2, C) in fp32.
+// Persistent: a block has ROWS groups of THREADS threads. Each group takes one row after another
+// and does not wait for the others. Block b writes the sums of dy x̂ and dy over its rows to
+// partial[b][0] and partial[b][1]; partial is (gridDim.x, 2, C) in fp32.
 extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_backward(
     const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight, const float* mean,
     const float* rstd, X_T* dx, B_T* dbranch, float* partial, i64 n_rows) {
@@ -270,8 +293,10 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
     const int lane = threadIdx.x % THREADS, group = threadIdx.x / THREADS;
     const int stride = gridDim.x * ROWS;
     float dgamma[HELD][VEC] = {}, dbeta[HELD][VEC] = {};
-    int turn = 0;  // two buffers, so that one barrier a row is enough
+    int turn = 0;  // with two buffers, one barrier per row is enough
     for (i64 row = (i64)blockIdx.x * ROWS + group; row < n_rows; row += stride, turn ^= 1) {
+        // mutant rows left out (wrong at 768): row += stride → row += 2 * stride
+        // mutant one buffer for every row (a race at 768): turn ^= 1 → turn
         const float mu = mean[row], scale = rstd[row];
         float x_hat[HELD][VEC], g[HELD][VEC];
         Pack<X_T> more[HELD];
@@ -279,11 +304,11 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
         EACH_ACCESS {
             load(x + row * C + c, x_hat[h]);
             load(dy + row * C + c, g[h]);
-            if (BRANCH) more[h] = read(dstream + row * C + c);  // else its wait came after
+            if (BRANCH) more[h] = read(dstream + row * C + c);  // early: it arrives with the others
         }
         EACH_ACCESS {
             float w[VEC];
-            load(weight + c, w);  // out of the cache: there is no register left to keep it
+            load(weight + c, w);  // from the cache: there are no registers left to keep it
 #pragma unroll
             for (int i = 0; i < VEC; i++) {
                 x_hat[h][i] = (x_hat[h][i] - mu) * scale;
@@ -309,6 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
         }
     }
     partial += (i64)blockIdx.x * 2 * C;
+    // mutant threads that leave early (a deadlock at 768): partial → if (lane == 9) return; partial
     if constexpr (ROWS == 1) {
         EACH_ACCESS {
             store(partial + c, dgamma[h]);
@@ -323,6 +349,8 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
                 for (int i = 0; i < VEC; i++) sums[group][c + i] = (which ? dbeta : dgamma)[h][i];
             }
             __syncthreads();
+            // mutant no barrier between groups (a race at 768): __syncthreads(); → ;
+            // mutant a group's barrier between groups (a race at 768): __syncthreads → row_barrier
             for (int c = threadIdx.x; c < C; c += THREADS * ROWS) {
                 float sum = 0.0f;
 #pragma unroll
@@ -330,13 +358,15 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS, BLOCKS) layer_norm_
                 partial[c] = sum;
             }
             __syncthreads();
+            // mutant one buffer for both sums of groups (a race at 768): __syncthreads(); → ;
+            // mutant a group's barrier for both sums (a race at 768): __syncthreads → row_barrier
         }
     }
 }
 
 #else
 
-// Rows too long for registers are read twice, a row a block at a time.
+// Rows too long for registers are read twice. A block takes one row at a time.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) layer_norm_backward(
     const Y_T* dy, const X_T* dstream, const X_T* x, const W_T* weight, const float* mean,
     const float* rstd, X_T* dx, B_T* dbranch, float*, i64 n_rows) {
@@ -344,6 +374,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) layer_norm_backwar
     const int lane = threadIdx.x;
     int turn = 0;
     for (i64 row = blockIdx.x; row < n_rows; row += gridDim.x, turn ^= 1) {
+        // mutant one buffer for every long row (a race at 8200): turn ^= 1 → turn
         const float mu = mean[row], scale = rstd[row];
         float x_hat[VEC], g[VEC], w[VEC];
         const auto get = [&](int c) {
@@ -382,7 +413,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) layer_norm_backwar
     }
 }
 
-// And their partial sums: partial[b] from rows b·chunk to (b + 1)·chunk, a thread a column.
+// The partial sums of these rows: partial[b] is the sum over rows b·chunk to (b + 1)·chunk. Each
+// thread takes one column.
 extern "C" __global__ void __launch_bounds__(256) layer_norm_columns(
     const Y_T* dy, const X_T* x, const float* mean, const float* rstd, float* partial, i64 n_rows) {
     const i64 c = (i64)blockIdx.x * 256 + threadIdx.x;
@@ -401,8 +433,8 @@ extern "C" __global__ void __launch_bounds__(256) layer_norm_columns(
 
 #endif
 
-// dweight and dbias from n_partial rows of partial sums, always in the same order: 32 columns a
-// block, 32 threads a column.
+// dweight and dbias: the sums of n_partial partial sums, always in the same order. A block takes 32
+// columns, with 32 threads for each column.
 extern "C" __global__ void __launch_bounds__(1024) layer_norm_finalise(
     const float* partial, W_T* dweight, W_T* dbias, i64 n_partial) {
     __shared__ float shared[32][33];
@@ -414,7 +446,8 @@ extern "C" __global__ void __launch_bounds__(1024) layer_norm_finalise(
     }
     shared[warp][lane] = sum;
     __syncthreads();
-    sum = shared[lane][warp];  // now a warp has a column's
+    // mutant no barrier in the last sum (a race at 768): __syncthreads(); → ;
+    sum = shared[lane][warp];  // now each warp has one column
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (const int column = blockIdx.x * 32 + warp; lane == 0 && column < 2 * C) {

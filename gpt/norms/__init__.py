@@ -19,7 +19,7 @@ load_entry_points()
 
 
 def __getattr__(name: str) -> Any:
-    """A registered norm by the name of its class."""
+    """Look up a registered norm by its class name."""
     for cls in NORMS.values():
         if cls.__name__ == name:
             return cls

@@ -1,4 +1,4 @@
-"""A LayerNorm that is taken away while training: at last it divides by a constant."""
+"""A LayerNorm that fades during training into a division by a constant."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from gpt.norms.registry import register
 
 @register("anneal")
 class AnnealedLayerNorm(Norm):
-    """y = γ (x − μ) ((1 − λ)/σ + λ/σ̄) + β, λ from 0 to 1 by a straight line.  (B, T, C) → (B, T, C)
+    """y = γ (x − μ) ((1 − λ)/σ + λ/σ̄) + β, λ rising linearly from 0 to 1.  (B, T, C) → (B, T, C)
 
-    σ = √(biased variance over C + ε); σ̄ is its mean over tokens, running until λ is 1 and constant
-    from there on: what is left then is linear, a model without norms.
+    σ = √(biased variance over C + ε). σ̄ is the running mean of σ over tokens; it is constant once
+    λ is 1. What remains then is linear: a model without norms.
 
     n_embd    C
     eps       ε > 0
-    start     fraction of the training at which λ leaves 0
-    end       and at which it reaches 1, 0 < start < end ≤ 1
-    momentum  in [0, 1], the weight of the newest batch in σ̄; the first few are averaged
+    start     fraction of training at which λ leaves 0
+    end       fraction at which λ reaches 1, 0 < start < end ≤ 1
+    momentum  in [0, 1], the weight of the newest batch in σ̄; the first few have equal weights
 
-    Use it with init.from, on a model trained with `layer`, to take its norms away. The straight
-    line may be too steep near its end, where no token's own scale is left.
+    Use it with init.from to remove the norms of a model trained with `layer`. The schedule may be
+    too fast near its end, when no token keeps its own scale.
     After Heimersheim 2024, "You can remove GPT2's LayerNorm by fine-tuning", arXiv:2409.13710.
     """
 
@@ -32,7 +32,7 @@ class AnnealedLayerNorm(Norm):
     invariances = ("shift",)
     defers = True
     running_std: Tensor  # σ̄
-    updates: Tensor  # of σ̄
+    updates: Tensor  # the number of updates of σ̄
     fade: Tensor  # λ
     seen: Tensor
 
@@ -57,7 +57,7 @@ class AnnealedLayerNorm(Norm):
         self.register_buffer("running_std", torch.ones(()))
         self.register_buffer("updates", torch.zeros(()))
         self.register_buffer("fade", torch.zeros(()))
-        self.register_buffer("seen", torch.zeros(2), persistent=False)  # Σ of mean σ, how many
+        self.register_buffer("seen", torch.zeros(2), persistent=False)  # Σ of mean σ, their number
 
     def begin_step(self, step: int, steps: int) -> None:
         done = (progress(step, steps) - self.start) / (self.end - self.start)
@@ -67,7 +67,7 @@ class AnnealedLayerNorm(Norm):
     def end_step(self) -> None:
         total, count = self.seen
         due = (self.fade < 1) * (count > 0)
-        weight = (1 / (self.updates + 1)).clamp_min(self.momentum)  # the first is taken whole
+        weight = (1 / (self.updates + 1)).clamp_min(self.momentum)  # the first has weight 1
         self.running_std += due * weight * (total / count.clamp_min(1) - self.running_std)
         self.updates += due
         self.seen.zero_()

@@ -1,4 +1,4 @@
-"""What every norm is: its declarations, its hooks with their defaults, and the step they live in.
+"""The base class of all norms (its declarations and hooks), and `norm_step`, one training step.
 
 In a training loop of your own:
 
@@ -25,24 +25,25 @@ from torch import Tensor, nn
 
 
 class Norm(nn.Module):
-    """A norm: (B, T, C) → (B, T, C), in x's dtype. Subclasses write `forward`, and what follows.
+    """A norm: (B, T, C) → (B, T, C), in x's dtype. Subclasses write `forward`, and set or
+    override the following if they need it.
 
-    The constructor takes the number of features, and its options by keyword: their names, types and
-    defaults are the norm's configuration. A norm keeps its state in buffers that are there from the
-    start. Statistics over the batch go through `gpt.common.processes.mean_over_processes`, so that
-    several processes share them.
+    The constructor takes the number of features, and options by keyword. The options' names, types
+    and defaults are the norm's configuration. A norm keeps its state in buffers that the
+    constructor registers. Statistics over the batch go through
+    `gpt.common.processes.mean_over_processes`, so that all processes share them.
 
-    axes             those of (B, T, C) that its statistics run over in training; B: a token's
+    axes             the axes of (B, T, C) that its statistics run over in training. B: a token's
                      output depends on other samples, T: on later tokens
-    evaluation_axes  the same in evaluation; by default as in training
+    evaluation_axes  the same in evaluation; equal to `axes` by default
     invariances      which of "shift" (x + c) and "scale" (c·x) leave its training output unchanged
     divisors         the options that must divide the number of features
-    takes_over       {"rms_weight": "weight"}: swapped in for another norm, its rms_weight begins as
-                     the other's weight was
-    defers           its training reads running statistics, so that they must not change before the
-                     backward pass: `end_step` is left to `norm_step`
-    adds             its forward takes (x, branch, stays) and gives (norm of the sum, sum)
-    has_batch_stats  it can use the batch's own statistics in evaluation, if `batch_stats` is true
+    takes_over       {"rms_weight": "weight"}: when it replaces the norm of a trained model, its
+                     rms_weight starts as that norm's weight
+    defers           training reads the running statistics, so they must not change before the
+                     backward pass: `norm_step` calls `end_step`, and `forward` does not
+    adds             its forward takes (x, branch, stays) and returns (norm of the sum, sum)
+    has_batch_stats  in evaluation it uses the batch's own statistics if `batch_stats` is true
     """
 
     axes: ClassVar[tuple[str, ...]] = ()
@@ -54,12 +55,12 @@ class Norm(nn.Module):
     adds: ClassVar[bool] = False
     has_batch_stats: ClassVar[bool] = False
 
-    deferred = False  # leave end_step() to norm_step: this step has several micro-batches
-    stepping = False  # inside norm_step
+    deferred = False  # true: norm_step calls end_step(), and forward does not
+    stepping = False  # true inside norm_step
     batch_stats = False
     keep_rows = False  # while statistics are collected: keep each row's moments in `rows`
     rows: tuple[Tensor, Tensor] | None = None  # mean and biased variance
-    started: Mapping[str, Tensor] = {}  # what its parameters began as; `build_norm` fills it in
+    started: Mapping[str, Tensor] = {}  # its parameters as built; `build_norm` fills it in
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,24 +74,24 @@ class Norm(nn.Module):
         for name in vars(cls):
             close = get_close_matches(name, HOOKS, n=1, cutoff=0.85)
             if close and name not in HOOKS:
-                raise TypeError(f"{cls.__name__}.{name}: no hook of a norm; expected {close[0]}")
+                raise TypeError(f"{cls.__name__}.{name} is not a hook of Norm; expected {close[0]}")
 
     def begin_step(self, step: int, steps: int) -> None:
-        """Training step `step`, 1 to `steps`, begins."""
+        """Called before training step `step`, which counts from 1 to `steps`."""
 
     def extra_loss(self) -> Tensor | None:
-        """A scalar of the last forward pass, to be added to the loss that is minimised."""
+        """A scalar of the last forward pass, which is added to the minimised loss."""
         return None
 
     def end_step(self) -> None:
-        """The step's forward passes are done: move the running statistics."""
+        """Called after the step's forward passes: update the running statistics."""
 
     def statistics(self, x: Tensor) -> dict[str, Tensor]:
-        """Scalars of its own for `stats.jsonl`, before `x` is normalised."""
+        """Scalars of this norm for `stats.jsonl`, computed before `x` is normalised."""
         return {}
 
     def as_affine(self) -> tuple[Tensor, Tensor] | None:
-        """(scale, shift), (C,) each, if in evaluation y = x·scale + shift; else None."""
+        """(scale, shift), each (C,), if y = x·scale + shift in evaluation; otherwise None."""
         return None
 
     def extra_repr(self) -> str:
@@ -111,7 +112,7 @@ class NormStep:
     norms: list[Norm]
 
     def extra_loss(self) -> Tensor | float:
-        """What the norms add to the loss that is minimised; the loss that is logged is without."""
+        """The term that the norms add to the minimised loss. The logged loss excludes it."""
         terms = [term for norm in self.norms if (term := norm.extra_loss()) is not None]
         return sum(terms, 0.0)
 
@@ -120,10 +121,10 @@ class NormStep:
 def norm_step(
     model: nn.Module, step: int, steps: int, micro_batches: int = 1
 ) -> Iterator[NormStep]:
-    """Inside, the norms of `model` are in training step `step`, 1 to `steps`.
+    """A context for training step `step`, 1 to `steps`, of the norms of `model`.
 
-    It begins the step for each norm; as it ends, running statistics take in what they have seen, as
-    one batch if there were several micro-batches. Minimise loss + `extra_loss()`.
+    It calls `begin_step` on entry. At its end all running statistics are updated; several
+    micro-batches count as one batch. Minimise loss + `extra_loss()`.
     """
     norms = norms_of(model)
     for norm in norms:
@@ -145,12 +146,12 @@ def norms_of(module: nn.Module) -> list[Norm]:
 
 
 def changes(norm: Norm) -> bool:
-    """Whether it is another norm at other steps."""
+    """Whether the norm depends on the training step."""
     return type(norm).begin_step is not Norm.begin_step
 
 
 def needs_step(norm: Norm) -> bool:
-    """Whether training without `norm_step` is another training."""
+    """Whether training without `norm_step` differs from training with it."""
     return changes(norm) or norm.defers or type(norm).extra_loss is not Norm.extra_loss
 
 
@@ -158,26 +159,26 @@ def warn_outside_step(norm: Norm, inputs: Any) -> None:
     name = type(norm).__name__
     if norm.training and not norm.stepping and name not in WARNED:
         WARNED.add(name)
-        text = f"{name} is trained outside norm_step, which it needs: its schedule, extra loss or "
-        text += "running statistics do not follow; use `with gpt.norm_step(model, step, steps):`"
+        text = f"{name} is trained outside norm_step, which drives its schedule, extra loss or "
+        text += "running statistics; use `with gpt.norm_step(model, step, steps):`"
         warnings.warn(text, stacklevel=2)
 
 
-WARNED: set[str] = set()  # classes that were named already
+WARNED: set[str] = set()  # the classes that were already warned about
 
 
 def progress(step: int, steps: int) -> float:
-    """How far training is in step 1 to steps: 0 in the first, 1 in the last."""
+    """The progress of training at `step`: 0 in step 1, 1 in the last step."""
     return (step - 1) / max(1, steps - 1)
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in fp32 or wider, which is what statistics are taken in."""
+    """x in fp32 or wider, the precision in which statistics are computed."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def check_at_least(least: float, **options: float) -> None:
-    """ValueError, in the words of the command line, for an option below `least`."""
+    """Raise ValueError for an option below `least`, named as on the command line."""
     for key, value in options.items():
         if value < least:
             raise ValueError(f"norm.{key}={value}: expected a number >= {least:g}")

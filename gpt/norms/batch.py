@@ -1,4 +1,4 @@
-"""BatchNorm: each feature by its column over batch and time."""
+"""BatchNorm: normalises each feature over batch and time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpt.norms.registry import register
 
 
 def mean_and_variance(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of x over `dims`, of all processes' x. Two passes, fp32 or wider."""
+    """Mean and biased variance of x over `dims` and all processes: two passes, fp32 or wider."""
     x32 = wide(x)
     mean = mean_over_processes(x32.mean(dims))
     return mean, mean_over_processes((x32 - mean).square().mean(dims))
@@ -24,22 +24,22 @@ def mean_and_variance(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]
 
 @register("batch")
 class BatchNorm(Norm):
-    """y = γ (x − μ)/√(σ² + ε) + β, a μ and σ² for each of the C features.  (B, T, C) → (B, T, C)
+    """y = γ (x − μ)/√(σ² + ε) + β, one μ and σ² for each of C features.  (B, T, C) → (B, T, C)
 
     In training μ and σ² (biased) run over B and T: a token sees later tokens and other samples.
-    In evaluation they are the running statistics, r ← (1 − momentum) r + momentum·batch, whose
-    variance is unbiased (÷ BT−1), as in torch: a fixed affine map, causal, and the only choice for
-    one sample.
-    A step of several micro-batches or processes is one batch to the running statistics; several
-    processes also share μ and σ².
+    In evaluation they are the running statistics, r ← (1 − momentum) r + momentum·batch. The
+    running variance is unbiased (÷ BT−1), as in torch. The norm is then a fixed affine map: it is
+    causal, and the only choice for one sample.
+    The running statistics treat all micro-batches and processes of a step as one batch. Processes
+    also share μ and σ².
 
     n_embd    C
     eps       ε > 0
     momentum  in [0, 1], the weight of the newest batch
 
-    Use it to see what a norm over the batch does, or where inference must cost nothing: it folds
-    into the next Linear. Not where a training loss must mean anything; a small batch's statistics
-    are noisy.
+    Use it to see what a norm over the batch does, or if inference must cost nothing: it folds into
+    the next Linear. Do not use it if the training loss must be meaningful. The statistics of a
+    small batch are noisy.
     Training on a single value per feature (B·T = 1) raises ValueError: its variance is 0.
     Ioffe, Szegedy 2015, arXiv:1502.03167.
     """
@@ -67,8 +67,8 @@ class BatchNorm(Norm):
         self.make_buffers(n_embd)
 
     def make_buffers(self, *shape: int) -> None:
-        """Buffers: the running statistics, and those of the current step's micro-batches: the mean,
-        Σ (x − mean)² and how many values a feature have been seen."""
+        """Register the running statistics and those of the current step: the mean, Σ (x − mean)²
+        and the number of values seen per feature."""
         self.register_buffer("running_mean", torch.zeros(shape))
         self.register_buffer("running_var", torch.ones(shape))
         for name in ("seen_mean", "seen_m2"):
@@ -80,8 +80,8 @@ class BatchNorm(Norm):
             return self.normalise(x, self.running_mean, self.running_var)
         count = x.shape[:-1].numel() * world_size()
         if count == 1 and self.training:
-            raise ValueError("BatchNorm in training needs more than 1 value a feature (B·T > 1)")
-        if self.training and not self.deferred and world_size() == 1:  # the same, in one kernel
+            raise ValueError("BatchNorm in training needs more than 1 value per feature (B·T > 1)")
+        if self.training and not self.deferred and world_size() == 1:  # the same in one kernel
             rows, running = x.flatten(0, -2), (self.running_mean, self.running_var)
             affine = (self.weight, self.bias)
             return F.batch_norm(rows, *running, *affine, True, self.momentum, self.eps).view_as(x)
@@ -97,7 +97,7 @@ class BatchNorm(Norm):
 
     @torch.no_grad()
     def observe(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Take in `count` more values by their mean and biased variance (Chan's formula)."""
+        """Add `count` values, by their mean and biased variance, to those seen (Chan's formula)."""
         total = self.seen_count + count
         delta = mean - self.seen_mean
         self.seen_mean += delta * (count / total)
@@ -108,7 +108,7 @@ class BatchNorm(Norm):
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Move the running statistics towards those seen since the last time."""
+        """Update the running statistics with those seen since the last update."""
         weight = self.momentum * self.seen_count.clamp_max(1)  # 0 if nothing was seen
         unbiased = self.seen_m2 / (self.seen_count - self.correction).clamp_min(1)
         self.running_mean += weight * (self.seen_mean - self.running_mean)
@@ -118,7 +118,7 @@ class BatchNorm(Norm):
 
     @torch.no_grad()
     def statistics(self, x: Tensor) -> dict[str, Tensor]:
-        """Training against inference: mean |μ_run − μ_B|/σ_B and mean |σ_run/σ_B − 1| (RBN)."""
+        """Training-inference discrepancy (RBN): mean |μ_run − μ_B|/σ_B, mean |σ_run/σ_B − 1|."""
         return self.discrepancy(*mean_and_variance(x, (0, 1)), self.running_mean, self.running_var)
 
     def discrepancy(
@@ -135,17 +135,17 @@ class BatchNorm(Norm):
 
     @torch.no_grad()
     def affine(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift), (C,) each: y = x·scale + shift by the running statistics."""
+        """(scale, shift), each (C,): y = x·scale + shift with the running statistics."""
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         return scale, self.bias - self.running_mean * scale
 
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, every norm of `model` that has running statistics uses those of its batch instead.
+    """Inside, every norm of `model` with running statistics uses those of its batch instead.
 
-    That is what training did and what generation cannot do: one sample's statistics are not the
-    batch's, and they change with every token that is added.
+    Training did so. Generation cannot: the statistics of one sample are not those of a batch, and
+    they change with every added token.
     """
     norms = norms_with_batch_stats(model)
     for norm in norms:

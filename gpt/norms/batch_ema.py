@@ -1,4 +1,4 @@
-"""BatchNorm by the past: each feature by the running statistics of the steps before."""
+"""BatchNorm that uses the running statistics of earlier steps, also in training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from gpt.norms.registry import register
 class PastBatchNorm(BatchNorm):
     """y = γ (x − r_μ)/√(r_σ² + ε) + β, r the running statistics of earlier steps, also in training.
 
-    (B, T, C) → (B, T, C). At first r is 0 and 1. Within a step it is a constant and takes no
-    gradient: no token sees a later one or another sample, and training and inference are one map.
+    (B, T, C) → (B, T, C). At first r_μ is 0 and r_σ² is 1. Within a step both are constants
+    without a gradient: no token sees later tokens or other samples, and training and inference
+    compute the same map.
 
     n_embd    C
     eps       ε > 0
     momentum  in [0, 1], the weight of the newest batch
 
-    Use it to see what is left of BatchNorm without its leak. Nothing holds the scale of a step's
-    own activations, so that it may diverge where BatchNorm does not.
-    This project's; compare Ioffe 2017 (batch renormalization), arXiv:1702.03275.
+    Use it to see what remains of BatchNorm without its leak. Nothing bounds the scale of the
+    current step's activations, so it may diverge when BatchNorm does not.
+    Defined by this project; compare Ioffe 2017 (batch renormalization), arXiv:1702.03275.
     """
 
     axes = ()

@@ -1,4 +1,4 @@
-"""BatchNorm by position: each feature at each time by its column over the batch alone."""
+"""BatchNorm by position: normalises each feature at each position over the batch alone."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from gpt.norms.registry import register
 
 @register("batch_pos")
 class PositionBatchNorm(BatchNorm):
-    """y = γ (x − μ_t)/√(σ_t² + ε) + β, a μ and σ² for each position and feature.
+    """y = γ (x − μ_t)/√(σ_t² + ε) + β, one μ and σ² for each position and feature.
 
-    (B, T, C) → (B, T, C). In training they run over B alone: no token sees a later one, but it sees
-    other samples at its own position. In evaluation they are T·C running statistics.
+    (B, T, C) → (B, T, C). In training they run over B alone: a token sees other samples at its own
+    position, but no later tokens. In evaluation they are T·C running statistics.
 
     n_embd      C
     block_size  the largest T
     eps         ε > 0
     momentum    in [0, 1], the weight of the newest batch
 
-    Use it to tell BatchNorm's two leaks apart: neighbours, not the future. Needs B > 1, else
-    ValueError, and large batches to be of use, since its statistics are of B values only.
-    This project's; the formula is Ioffe, Szegedy 2015, arXiv:1502.03167.
+    Use it to separate BatchNorm's two leaks: it sees neighbours, not the future. Training with
+    B = 1 raises ValueError. It needs large batches, since each statistic comes from B values only.
+    Defined by this project; the formula is Ioffe, Szegedy 2015, arXiv:1502.03167.
     """
 
     axes = ("B",)
@@ -44,11 +44,13 @@ class PositionBatchNorm(BatchNorm):
             return self.normalise(x, self.running_mean[:T], self.running_var[:T])
         count = x.shape[0] * world_size()
         if count == 1 and self.training:
-            raise ValueError("norm=batch_pos in training needs more than 1 sample a batch (B > 1)")
+            raise ValueError(
+                "norm=batch_pos in training needs more than 1 sample per batch (B > 1)"
+            )
         mean, variance = mean_and_variance(x, (0,))
         if self.training:
-            # What is later than this batch's T takes no part: its mean and unbiased variance, which
-            # `end_step` makes of the biased ones, are as before.
+            # Positions after this batch's T keep their statistics: `end_step` turns this biased
+            # variance into the unbiased one that they had.
             later = self.running_var[T:] * (1 - (self.seen_count == 0) / count)
             self.observe(
                 torch.cat([mean.detach(), self.running_mean[T:]]),
@@ -59,10 +61,10 @@ class PositionBatchNorm(BatchNorm):
 
     @torch.no_grad()
     def statistics(self, x: Tensor) -> dict[str, Tensor]:
-        """As BatchNorm's, over positions and features."""
+        """As in BatchNorm, but over positions and features."""
         running = self.running_mean[: x.shape[1]], self.running_var[: x.shape[1]]
         return self.discrepancy(*mean_and_variance(x, (0,)), *running)
 
     def as_affine(self) -> tuple[Tensor, Tensor] | None:
-        """None: it has one map a position, which no Linear could take in."""
+        """None: it has one map per position, which no Linear can absorb."""
         return None

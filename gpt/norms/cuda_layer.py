@@ -15,14 +15,14 @@ from gpt.norms.registry import register
 class CudaLayerNorm(Norm):
     """y = γ (x − μ)/√(σ² + ε) + β over C, biased σ², in one CUDA kernel.  (B, T, C) → (B, T, C)
 
-    Statistics are fp32. Given a branch as well it returns (norm of x + branch, x + branch) in the
-    same one pass. Its norm then has the autocast dtype, so that the product that follows need not
-    cast, unless it `stays`: is the residual stream, which keeps its own. Never a silent fallback:
-    without a CUDA device MissingInput is raised.
+    Statistics are fp32. Given a branch, it returns (norm of x + branch, x + branch) in the same
+    pass. The norm then has the autocast dtype, so that the next matrix product needs no cast. With
+    `stays` the norm is the residual stream and keeps x's dtype. There is no silent fallback:
+    without a CUDA device it raises MissingInput.
 
     n_embd  C
     eps     ε > 0
-    bias    whether there is a β
+    bias    whether it has a β
 
     Use it in place of `layer` on an NVIDIA GPU.
     Ba, Kiros, Hinton 2016, arXiv:1607.06450.
@@ -30,7 +30,7 @@ class CudaLayerNorm(Norm):
 
     axes = ("C",)
     invariances = ("shift", "scale")
-    adds = True  # takes the branch that the residual stream still has to add
+    adds = True  # forward takes the branch and adds it to the residual stream
 
     def __init__(self, n_embd: int, *, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()

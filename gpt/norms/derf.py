@@ -1,4 +1,4 @@
-"""Dynamic erf: as Dynamic Tanh, with the error function and a learned shift."""
+"""Dynamic erf: Dynamic Tanh with the error function and a learned shift."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gpt.norms.registry import register
 
 @register("derf")
 class DynamicErf(Norm):
-    """y = γ erf(α x + s) + β, numbers α and s, γ and β a feature.  (B, T, C) → (B, T, C)
+    """y = γ erf(α x + s) + β, scalars α and s, γ and β per feature.  (B, T, C) → (B, T, C)
 
     n_embd  C
-    alpha   α at first
-    shift   s at first
+    alpha   initial α
+    shift   initial s
 
-    Use it as `dyt`; its authors find it better than that.
+    Use it like `dyt`; its authors report better results than with `dyt`.
     Chen, Lu, Zhu, Sun, Liu 2025, arXiv:2512.10938.
     """
 
@@ -35,6 +35,6 @@ class DynamicErf(Norm):
 
     @torch.no_grad()
     def statistics(self, x: Tensor) -> dict[str, Tensor]:
-        """The share of x where the squashed value is beyond ±0.95."""
+        """The share of x with |erf(α x + s)| > 0.95."""
         flat = (torch.erf(self.alpha * x + self.shift).abs() > 0.95).float().mean()
         return {"saturation": flat}

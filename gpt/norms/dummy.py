@@ -1,4 +1,4 @@
-"""DummyLayerNorm: nothing, with LayerNorm's signature."""
+"""DummyLayerNorm: the identity, with LayerNorm's signature."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from gpt.norms.registry import register
 
 @register("dummy")
 class DummyLayerNorm(Norm):
-    """y = x.  (B, T, C) → (B, T, C), no parameters; `n_embd` and `eps` are taken and not used.
+    """y = x.  (B, T, C) → (B, T, C), no parameters; `n_embd` and `eps` are accepted and ignored.
 
-    Use it to see what training is like without a norm. Not at a high learning rate.
+    Use it to see how training goes without a norm. Do not use it at a high learning rate.
     A placeholder: Raschka, Build a Large Language Model (From Scratch), 2024, chapter 4.
     """
 

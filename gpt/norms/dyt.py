@@ -1,4 +1,4 @@
-"""Dynamic Tanh: no statistics, a learned squashing instead."""
+"""Dynamic Tanh: a learned squashing function in place of statistics."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gpt.norms.registry import register
 
 @register("dyt")
 class DynamicTanh(Norm):
-    """y = γ tanh(α x) + β, one number α, γ and β a feature.  (B, T, C) → (B, T, C)
+    """y = γ tanh(α x) + β, a scalar α, γ and β per feature.  (B, T, C) → (B, T, C)
 
     n_embd  C
-    alpha   α at first
+    alpha   initial α
 
-    Use it where no reduction may be taken; the paper's language models also scale the embedding by
-    √C. With 64M parameters it was 18.8% worse than LayerNorm on 118M tokens, and 27.3% better on
-    1M (arXiv:2604.23434).
+    Use it if the norm must not compute a reduction. The paper's language models also scale the
+    embedding by √C. In a model of 64M parameters it was 18.8% worse than LayerNorm on 118M tokens,
+    and 27.3% better on 1M (arXiv:2604.23434).
     Zhu, Chen, He, LeCun, Liu 2025, arXiv:2503.10622.
     """
 
@@ -35,6 +35,6 @@ class DynamicTanh(Norm):
 
     @torch.no_grad()
     def statistics(self, x: Tensor) -> dict[str, Tensor]:
-        """The share of x where the squashed value is beyond ±0.95."""
+        """The share of x with |tanh(α x)| > 0.95."""
         flat = (torch.tanh(self.alpha * x).abs() > 0.95).float().mean()
         return {"saturation": flat}

@@ -14,13 +14,13 @@ from gpt.norms.registry import register
 class GroupNorm(Norm):
     """y = γ (x − μ)/√(σ² + ε) + β, μ and σ² over C/G features of a token.  (B, T, C) → (B, T, C)
 
-    `nn.GroupNorm` on (B, C, T) would average over T as well, and so see the future.
+    `nn.GroupNorm` on (B, C, T) would also average over T, and so see the future.
 
     n_embd  C, a multiple of groups
     groups  G; 1 is LayerNorm
     eps     ε ≥ 0
 
-    Use it where groups of features, such as heads, have scales of their own.
+    Use it if groups of features, such as heads, have different scales.
     Wu, He 2018, arXiv:1803.08494.
     """
 
@@ -35,7 +35,7 @@ class GroupNorm(Norm):
         if n_embd % groups:
             raise ValueError(f"norm.groups={groups}: expected a divisor of {n_embd} features")
         if groups == n_embd > 1:
-            raise ValueError(f"norm.groups={groups}: one feature a group has no spread")
+            raise ValueError(f"norm.groups={groups}: a group of one feature has variance 0")
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(n_embd))  # γ
         self.bias = nn.Parameter(torch.zeros(n_embd))  # β

@@ -1,4 +1,4 @@
-"""InstanceNorm: each feature of a sample by its column over time. It sees the future."""
+"""InstanceNorm: normalises each feature of a sample over time. It sees the future."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gpt.norms.registry import register
 class InstanceNorm(Norm):
     """y = γ (x − μ)/√(σ² + ε) + β, μ and σ² over T, for each sample and feature.
 
-    (B, T, C) → (B, T, C). Later tokens are in the statistics, in evaluation as well, and one token
-    alone gives β.
+    (B, T, C) → (B, T, C). The statistics include later tokens, also in evaluation. A single token
+    gives β.
 
     n_embd  C
     eps     ε > 0

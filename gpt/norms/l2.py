@@ -1,4 +1,4 @@
-"""L2 norm: each token on the unit sphere."""
+"""L2 norm: projects each token onto the unit sphere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class L2Norm(Norm):
     """y = x/max(‖x‖, ε) over C, no parameters.  (B, T, C) → (B, T, C)
 
     n_embd  C, not used
-    eps     ε > 0, so that a row of zeros stays one
+    eps     ε > 0; a row of zeros stays a row of zeros
 
-    Use it to see what a norm is without γ; features come out √C smaller than LayerNorm's, which
-    the weights after it must make up for.
+    Use it to see a norm without γ. Its features are √C times smaller than LayerNorm's, so the next
+    weights must compensate.
     Loshchilov, Hsieh, Sun, Ginsburg 2024 (nGPT), arXiv:2410.01131.
     """
 

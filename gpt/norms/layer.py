@@ -1,4 +1,4 @@
-"""LayerNorm: each token by its own row."""
+"""LayerNorm: normalises each token over its features."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def layer_norm(
 ) -> Tensor:
     """γ (x − μ)/√(σ² + ε) + β over the last axis, in fp32 or wider.
 
-    σ² is the biased variance (÷ C, not ÷ C−1): `torch.var` is unbiased by default, C/(C−1) times as
-    much. Two passes: E[x²] − μ² in one would cancel where |μ| ≫ σ.
+    σ² is the biased variance (÷ C). `torch.var` is unbiased by default (÷ C−1), which is C/(C−1)
+    times as large. It takes two passes: E[x²] − μ² in one pass would cancel if |μ| ≫ σ.
     """
     x32, C = wide(x), x.shape[-1]
     centred = x32 - x32.mean(-1, keepdim=True)
@@ -35,12 +35,12 @@ class LayerNorm(Norm):
 
     n_embd    C
     eps       ε ≥ 0
-    bias      whether there is a β
-    affine    whether there are γ and β; OLMo has none
-    unbiased  divide by C − 1, as `torch.var` does by default: the classic mistake, to see it
-    fast      `F.layer_norm`; false: the formula in gpt/norms/layer.py
+    bias      whether it has a β
+    affine    whether it has γ and β; OLMo's does not
+    unbiased  divide by C − 1, as `torch.var` does by default; it shows the classic mistake
+    fast      true: `F.layer_norm`; false: the formula in gpt/norms/layer.py
 
-    Use it where a token's output must not depend on the tokens and samples beside it: the default.
+    Use it if a token's output must not depend on other tokens or samples. It is the default.
     Ba, Kiros, Hinton 2016, arXiv:1607.06450.
     """
 
@@ -68,5 +68,5 @@ class LayerNorm(Norm):
     def forward(self, x: Tensor) -> Tensor:
         if self.fast:
             y = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-            return y.to(x.dtype)  # under autocast on CUDA it is float32, whatever x is
+            return y.to(x.dtype)  # under autocast on CUDA y is float32 for any x
         return layer_norm(x, self.weight, self.bias, self.eps, self.unbiased)

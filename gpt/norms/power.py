@@ -1,4 +1,4 @@
-"""PowerNorm: each feature by its running root mean square, with a backward pass of its own."""
+"""PowerNorm: divides each feature by a running root mean square; custom backward pass."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gpt.norms.registry import register
 
 
 class Divide(torch.autograd.Function):
-    """x̂ = x/√ψ, ψ from earlier steps; backward as if ψ were this batch's, by a running ν.
+    """x̂ = x/√ψ, ψ from earlier steps. Backward treats ψ as this batch's, through a running ν.
 
-    dx = (dx̂ − ν x̂)/√ψ. `seen` gathers Γ = mean x̂², Λ = mean dx̂·x̂ and how often.
+    dx = (dx̂ − ν x̂)/√ψ. `seen` sums Γ = mean x̂², Λ = mean dx̂·x̂ and the number of passes.
     """
 
     @staticmethod
@@ -39,19 +39,19 @@ class Divide(torch.autograd.Function):
 
 @register("power")
 class PowerNorm(BatchNorm):
-    """y = γ x/√(ψ + ε) + β, ψ a mean of x² over B and T, in the end a running one.
+    """y = γ x/√(ψ + ε) + β, ψ the mean of x² over B and T, a running mean after warm-up.
 
-    (B, T, C) → (B, T, C). For the first `warmup_steps` ψ is the batch's own, and a token sees later
-    tokens and other samples; then it is the earlier steps' running mean, in training as in
-    evaluation, and the gradient is the paper's approximation, with a running ν for the share of ψ:
+    (B, T, C) → (B, T, C). In the first `warmup_steps` ψ is the batch's own, so a token sees later
+    tokens and other samples. After that ψ is the running mean of earlier steps, as it is in
+    evaluation. The gradient is then the paper's approximation, with a running ν for ψ's part:
     ν ← ν (1 − (1 − α) Γ) + (1 − α) Λ, Γ = mean x̂², Λ = mean dx̂·x̂.
 
     n_embd        C
     eps           ε > 0
     momentum      1 − α, in [0, 1], the weight of the newest batch
-    warmup_steps  at least 0
+    warmup_steps  ≥ 0
 
-    Use it where BatchNorm's statistics fluctuate too much; the mean is not taken away.
+    Use it if BatchNorm's statistics fluctuate too much. It does not subtract the mean.
     Shen, Yao, Gholami, Mahoney, Keutzer 2020, arXiv:2003.07845. Their code also divides each
     token by its own root mean square first, and warms up for 10,000 steps.
     """
@@ -100,7 +100,7 @@ class PowerNorm(BatchNorm):
 
     @torch.no_grad()
     def statistics(self, x: Tensor) -> dict[str, Tensor]:
-        """0, for there is no mean; and mean |√(ψ_run/ψ_B) − 1|."""
+        """`tid_mean` is 0, since there is no mean; `tid_std` is mean |√(ψ_run/ψ_B) − 1|."""
         square = mean_over_processes(wide(x).square().mean((0, 1))) + self.eps
         off = ((self.running_var + self.eps) / square).sqrt() - 1
         return {"tid_mean": torch.zeros_like(off[0]), "tid_std": off.abs().mean()}

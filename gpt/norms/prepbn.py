@@ -1,4 +1,4 @@
-"""Progressive RepBN: RMSNorm at first, a BatchNorm that folds away at last."""
+"""Progressive RepBN: starts as RMSNorm and ends as a BatchNorm that folds away."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from gpt.norms.rms import rms_norm
 
 @register("prepbn")
 class ProgressiveRepBatchNorm(RepBatchNorm):
-    """y = λ RMSNorm(x) + (1 − λ) RepBN(x), λ from 1 to 0 by a straight line.  (B, T, C) → (B, T, C)
+    """y = λ RMSNorm(x) + (1 − λ) RepBN(x), λ falling linearly from 1 to 0.  (B, T, C) → (B, T, C)
 
-    As training begins it is RMSNorm alone, with a γ of its own, and RepBN's γ and β have no
-    gradient yet. In evaluation RMSNorm's statistics are taken until λ is 0, and then none.
+    At the start it is RMSNorm alone, with its own γ, and RepBN's γ and β have no gradient yet. In
+    evaluation it computes RMSNorm's statistics until λ is 0, and no statistics after that.
 
     n_embd         C
-    eps, momentum  as BatchNorm's
-    fraction       of the training after which λ is 0, in (0, 1]
+    eps, momentum  as in BatchNorm
+    fraction       in (0, 1], the fraction of training after which λ is 0
 
-    Use it where a norm must cost nothing at inference and BatchNorm alone trains badly.
-    Guo, Chen, Tang, Wang 2024 (SLAB), arXiv:2405.11582: with LayerNorm in RMSNorm's place but for
-    its LLaMA, where RMSNorm is alone for the first 10,000 steps and η and RepBN's γ begin at 0. The
-    authors' code evaluates by RepBN alone, whatever λ is.
+    Use it if a norm must cost nothing at inference and BatchNorm alone trains badly.
+    Guo, Chen, Tang, Wang 2024 (SLAB), arXiv:2405.11582. They use LayerNorm in place of RMSNorm.
+    Only their LLaMA uses RMSNorm: alone for the first 10,000 steps, and with η and RepBN's γ
+    starting at 0. The authors' code evaluates with RepBN alone, for any λ.
     """
 
     axes = ("B", "T", "C")
     evaluation_axes = ("C",)  # RMSNorm's, until λ is 0
     takes_over: ClassVar[dict[str, str]] = {"rms_weight": "weight"}  # it is an RMSNorm at first
-    share: Tensor  # λ, that of RMSNorm
+    share: Tensor  # λ, RMSNorm's share
 
     def __init__(
         self, n_embd: int, *, eps: float = 1e-5, momentum: float = 0.1, fraction: float = 0.5
@@ -54,5 +54,5 @@ class ProgressiveRepBatchNorm(RepBatchNorm):
         return (self.share * rms + (1 - self.share) * repbn).to(x.dtype)
 
     def as_affine(self) -> tuple[Tensor, Tensor] | None:
-        """None as long as there is a share of RMSNorm."""
+        """None while λ > 0, since RMSNorm is not an affine map."""
         return None if self.share > 0 else self.affine()

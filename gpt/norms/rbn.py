@@ -1,4 +1,4 @@
-"""Regularised BatchNorm: the loss also asks the batch's statistics to be the running ones."""
+"""Regularised BatchNorm: the loss penalises the gap between batch and running statistics."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from gpt.norms.registry import register
 
 @register("rbn")
 class RegularisedBatchNorm(BatchNorm):
-    """BatchNorm, with λ₁ ‖μ_run − μ_B‖² + λ₂ Σ|σ²_run − σ²_B| added to what is minimised.
+    """BatchNorm, with λ₁ ‖μ_run − μ_B‖² + λ₂ Σ|σ²_run − σ²_B| added to the loss.
 
-    (B, T, C) → (B, T, C). The logged loss is without it.
+    (B, T, C) → (B, T, C). The logged loss does not include this penalty.
 
     n_embd         C
-    eps, momentum  as BatchNorm's
+    eps, momentum  as in BatchNorm
     mean_weight    λ₁ ≥ 0
     var_weight     λ₂ ≥ 0
 
-    Use it where BatchNorm validates far worse than it trains: the penalty works against the
-    discrepancy between training and inference. Not for the leak, which stays.
+    Use it if BatchNorm validates far worse than it trains: the penalty reduces the discrepancy
+    between training and inference. It does not remove the leak.
     Wang, Wu, Huang 2022, arXiv:2210.05153.
     """
 

@@ -7,7 +7,7 @@
         def __init__(self, n_embd: int, *, eps: float = 1e-5) -> None: ...
 
 The keyword arguments of the constructor are the norm's configuration: their names and types are
-the schema, and a value they refuse with `ValueError` is reported as a configuration error.
+the schema. A ValueError of the constructor is reported as a configuration error.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from gpt.norms.base import Norm, norm_step
 
 NORMS: dict[str, type[Norm]] = {}
 N = TypeVar("N", bound=Norm)
-USER = "gpt_norms_user_"  # what the names of modules begin with that `load_module` has run
+USER = "gpt_norms_user_"  # the prefix of the names of modules that `load_module` has run
 
 
 def register(name: str) -> Callable[[type[N]], type[N]]:
-    """Class decorator: the norm can be had by this name. The tests probe what it declares."""
+    """Class decorator: registers a norm under this name. The tests check its declarations."""
 
     def decorate(cls: type[N]) -> type[N]:
         if name in NORMS:
             raise ValueError(f"norm {name!r} is registered twice: {NORMS[name]} and {cls}")
         if not issubclass(cls, Norm):
-            raise ValueError(f"norm {name!r}: {cls.__name__} is no subclass of gpt.norms.base.Norm")
+            raise ValueError(f"norm {name!r}: {cls.__name__} is not a subclass of gpt.norms.Norm")
         declared = any("axes" in vars(base) for base in cls.__mro__ if base is not Norm)
         if not declared or not set(cls.axes) <= {"B", "T", "C"}:
-            raise ValueError(f"norm {name!r} does not declare axes, some of ('B', 'T', 'C')")
+            raise ValueError(f"norm {name!r} does not declare axes, a subset of ('B', 'T', 'C')")
         NORMS[name] = cls
         return cls
 
@@ -53,15 +53,15 @@ def register(name: str) -> Callable[[type[N]], type[N]]:
 
 
 def norm_class(name: str) -> type[Norm]:
-    """The registered class, or the one-line error with the nearest name."""
+    """The registered class; ConfigError with the nearest name if there is none."""
     check_choice("norm", name, tuple(sorted(NORMS)))
     return NORMS[name]
 
 
 def load_module(path: str) -> None:
-    """Run a Python file of the user's, whose norms register themselves; a second call does nothing.
+    """Run a user's Python file, which registers its norms; a second call does nothing.
 
-    Only a path that was given on the command line gets here.
+    It is only called with a path from the command line.
     """
     file = Path(path).resolve()
     name = USER + file.stem
@@ -81,7 +81,7 @@ def load_module(path: str) -> None:
 
 
 def where_and_what(error: BaseException, file: Path) -> str:
-    """`line 7, TypeError: …`, the last line of the user's file on the way to an error."""
+    """`line 7, TypeError: …`: the last line of the user's file in the traceback, and the error."""
     lines = [f.lineno for f in extract_tb(error.__traceback__) if f.filename == str(file)]
     where = f"line {lines[-1]}, " if lines else ""
     return f"{where}{type(error).__name__}: {error}"
@@ -94,7 +94,7 @@ def load_entry_points() -> None:
             point.load()
         except (Exception, SystemExit) as error:
             raise ConfigError(
-                f"entry point {point.name} = {point.value}: {type(error).__name__}: {error}; mend "
+                f"entry point {point.name} = {point.value}: {type(error).__name__}: {error}; fix "
                 "or uninstall its package"
             ) from error
 
@@ -102,14 +102,13 @@ def load_entry_points() -> None:
 def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any) -> Norm:
     """A norm over `n_embd` features; `options` are checked against the constructor's signature.
 
-    module  the file of the user's that registered it. It is not run here: a configuration that
-            lies in a run directory must not be able to run code, so that `load_module` is called
-            where the command line names it
+    module  the user's file that registered it. It is not run here, because a configuration in a run
+            directory must not be able to run code. `load_module` runs it if the command names it
     """
     if module is not None and name not in NORMS:
         if USER + Path(module).stem not in sys.modules:
             raise ConfigError(
-                f"norm={name}: {module} registers it, which only runs where the command says so: "
+                f"norm={name}: {module} registers it, and only runs if the command names it: "
                 f"norm_module={module} (train.py: norm.module={module})"
             )
         own = [n for n, cls in NORMS.items() if cls.__module__ == USER + Path(module).stem]
@@ -132,7 +131,7 @@ def build_norm(name: str, n_embd: int, module: str | None = None, **options: Any
 
 
 def checked(name: str, cls: type[Norm], options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with whole numbers as floats if so declared; ConfigError if one is wrong."""
+    """The options, with integers made floats where declared so; ConfigError if one is wrong."""
     parameters = inspect.signature(cls, eval_str=True).parameters
     known = {k: p for k, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
     for key, value in options.items():
@@ -152,39 +151,40 @@ def checked(name: str, cls: type[Norm], options: dict[str, Any]) -> dict[str, An
 
 
 def try_out(norm: Norm, n_embd: int) -> None:
-    """TypeError where a norm of the user's does not give back what it was given."""
+    """Raise TypeError if a user's norm does not return a tensor of its input's shape."""
     x, copy = torch.randn(2, 2, n_embd), deepcopy(norm)
     with norm_step(copy, 1, 1):
         y = copy(x)
     if not isinstance(y, Tensor) or y.shape != x.shape:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"its forward gave {got}; expected a tensor of {tuple(x.shape)}")
+        raise TypeError(f"its forward returned {got}; expected a tensor of {tuple(x.shape)}")
 
 
 def accepts(annotation: Any, value: Any) -> bool:
     """Whether `value` fits a parameter of type `annotation`; float takes any finite number."""
     if annotation is float:
         return type(value) in (int, float) and math.isfinite(value)
-    alternatives = get_args(annotation)  # of `int | None`
+    alternatives = get_args(annotation)  # int and None, of `int | None`
     return any(accepts(a, value) for a in alternatives) or type(value) is annotation
 
 
 def name_of(norm: Norm) -> str:
-    """What a norm is registered as; else the name of its class."""
+    """The name that a norm is registered under; otherwise the name of its class."""
     names = (name for name, cls in NORMS.items() if type(norm) is cls)
     return next(names, type(norm).__name__)
 
 
 def sizes(name: str, block_size: int) -> dict[str, Any]:
-    """The options of norm `name` that the model's sizes decide."""
+    """The options of norm `name` that follow from the model's sizes."""
     takes = inspect.signature(norm_class(name)).parameters
     return {"block_size": block_size} if "block_size" in takes else {}
 
 
 def fitting(name: str, width: int) -> dict[str, int]:
-    """A value for each of the options of norm `name` that must divide `width`.
+    """A value for each option of norm `name` that must divide `width`.
 
-    The default, if it does; else the least number above 1 and below `width` that does; else 1.
+    It is the default if that divides `width`; otherwise the smallest divisor between 1 and `width`,
+    both excluded; otherwise 1.
     """
     cls = norm_class(name)
     parameters = inspect.signature(cls).parameters

@@ -1,4 +1,4 @@
-"""RepBN: BatchNorm and a share of its input."""
+"""RepBN: BatchNorm plus a learned multiple of its input."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from gpt.norms.registry import register
 
 @register("repbn")
 class RepBatchNorm(BatchNorm):
-    """y = BatchNorm(x) + η x, one learned number η, 1 at first.  (B, T, C) → (B, T, C)
+    """y = BatchNorm(x) + η x, with a learned scalar η, initially 1.  (B, T, C) → (B, T, C)
 
     n_embd         C
-    eps, momentum  as BatchNorm's
+    eps, momentum  as in BatchNorm
 
-    Use it as `batch`; it folds into the next Linear just so, as one affine map.
-    Guo, Chen, Tang, Wang 2024 (SLAB), arXiv:2405.11582; in their LLaMA η and γ begin at 0.
+    Use it like `batch`: it also folds into the next Linear as one affine map.
+    Guo, Chen, Tang, Wang 2024 (SLAB), arXiv:2405.11582; in their LLaMA η and γ start at 0.
     """
 
     invariances = ()

@@ -1,4 +1,4 @@
-"""RMSNorm: each token by its own row's root mean square."""
+"""RMSNorm: divides each token by the root mean square of its features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpt.norms.registry import register
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, n_seen: int | None = None) -> Tensor:
-    """γ x/√(mean x² + ε), the mean over the first `n_seen` features or all; fp32 or wider."""
+    """γ x/√(mean x² + ε), the mean over the first `n_seen` features or all, in fp32 or wider."""
     x32 = wide(x)
     seen = x32[..., :n_seen]
     length = torch.linalg.vector_norm(seen, dim=-1, keepdim=True)  # one kernel; x² would be three
@@ -23,14 +23,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, n_seen: int | None = None) -
 class RMSNorm(Norm):
     """y = γ x/√(mean x² + ε) over C, in fp32 or wider.  (B, T, C) → (B, T, C)
 
-    No mean is taken away and there is no β: half of LayerNorm's parameters.
+    It subtracts no mean and has no β, hence half of LayerNorm's parameters.
 
     n_embd   C
     eps      ε ≥ 0
-    partial  the mean runs over the first ⌈partial·C⌉ features, in (0, 1]: pRMSNorm
+    partial  in (0, 1]; the mean runs over the first ⌈partial·C⌉ features (pRMSNorm)
 
-    Use it in place of LayerNorm: fewer operations (here not faster: torch fuses LayerNorm's on the
-    CPU), and rarely worse. Not where a feature's offset matters.
+    Use it in place of LayerNorm: it has fewer operations and is rarely worse. It is not faster
+    here, because torch fuses LayerNorm on the CPU. Do not use it if a feature's offset matters.
     Zhang, Sennrich 2019, arXiv:1910.07467.
     """
 

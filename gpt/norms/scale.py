@@ -1,4 +1,4 @@
-"""ScaleNorm: each token on a sphere, one learned radius for all features."""
+"""ScaleNorm: projects each token onto a sphere with one learned radius."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gpt.norms.registry import register
 
 @register("scale")
 class ScaleNorm(Norm):
-    """y = g x/max(‖x‖, ε) over C, one number g, √C at first.  (B, T, C) → (B, T, C)
+    """y = g x/max(‖x‖, ε) over C, a learned scalar g, initially √C.  (B, T, C) → (B, T, C)
 
     RMSNorm with one γ for all features: g = γ √C.
 
     n_embd  C
-    eps     ε > 0, so that a row of zeros stays one
+    eps     ε > 0; a row of zeros stays a row of zeros
 
-    Use it where parameters must be few, or a token's length in all must be one number.
+    Use it if parameters must be few, or if all tokens must have the same length.
     Nguyen, Salazar 2019, arXiv:1910.05895.
     """
 

@@ -1,1 +1,1 @@
-"""Looking at norms: statistics of a step, what a model lets tokens see, cards."""
+"""Probes: statistics of a training step, leaks between tokens, cards of the norms."""

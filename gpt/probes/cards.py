@@ -1,4 +1,4 @@
-"""Norms to look at: a table of all, and for each a card whose numbers come from running it."""
+"""A table of all norms, and a card for each norm; the numbers come from running it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gpt.common.errors import MissingInput
 from gpt.norms.base import norm_step
 from gpt.norms.registry import NORMS, build_norm, fitting, norm_class, sizes
 
-SHAPE = (16, 128, 128)  # of the timed input: the default run's
+SHAPE = (16, 128, 128)  # of the timed input, as in the default run
 DIMS = {"B": 0, "T": 1, "C": 2}
 
 
 def example(name: str, width: int, block_size: int = SHAPE[1]) -> Any:
-    """The norm at its defaults, but for what the sizes decide."""
+    """The norm with its default options, except for those that follow from the sizes."""
     options = sizes(name, block_size) | fitting(name, width)
     return build_norm(name, width, **options).to(home(name))
 
@@ -32,7 +32,7 @@ def home(name: str) -> str:
 
 
 def parameters(name: str) -> str:
-    """How many it has, in terms of C: `2C + 1`."""
+    """The number of parameters in terms of C, such as `2C + 1`."""
     a, b = (sum(p.numel() for p in example(name, width).parameters()) for width in (100, 200))
     slope, rest = (b - a) // 100, a - (b - a)
     terms = [f"{slope if slope > 1 else ''}C"] * bool(slope) + [str(rest)] * bool(rest)
@@ -40,13 +40,13 @@ def parameters(name: str) -> str:
 
 
 def bytes_moved(name: str) -> int:
-    """Minimum bytes moved per element in forward, fp32. Statistics over several tokens do not fit
-    where a token's row does, so that x is read twice."""
+    """Minimum bytes moved per element in forward, fp32. One token's row fits on the chip;
+    statistics over several tokens read x twice."""
     return 12 if {"B", "T"} & set(norm_class(name).axes) else 8
 
 
 def measure(names: list[str]) -> dict[str, float]:
-    """Milliseconds of forward and backward on SHAPE, fp32, this machine: medians, in turns."""
+    """Median milliseconds of forward and backward on SHAPE in fp32 here, taken in turns."""
     norms = {name: example(name, SHAPE[2]) for name in names}
     inputs = {name: torch.randn(SHAPE, device=home(name), requires_grad=True) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -62,7 +62,7 @@ def measure(names: list[str]) -> dict[str, float]:
 
 
 def overview() -> Table:
-    """All norms that this machine can build, one a line."""
+    """All norms that this machine can build, one per line."""
     names = [n for n in sorted(NORMS) if n != "cuda_layer" or torch.cuda.is_available()]
     milliseconds = measure(names)
     result = Table()
@@ -81,18 +81,19 @@ def overview() -> Table:
         cells += [parameters(name), str(bytes_moved(name)), f"{milliseconds[name]:.1f}"]
         result.add_row(*cells, f"{ratio:.2f}")
     B, T, C = SHAPE
-    result.caption = "cuda_layer: needs a CUDA device · " * ("cuda_layer" not in names) + (
-        f"bytes: what forward must at least read and write per fp32 element · ms: forward and "
-        f"backward of ({B}, {T}, {C}) in fp32 here, on {torch.get_num_threads()} thread(s), "
+    missing = "" if "cuda_layer" in names else "cuda_layer: needs a CUDA device · "
+    result.caption = (
+        f"{missing}bytes: the least that forward reads and writes per fp32 element · ms: forward "
+        f"and backward of ({B}, {T}, {C}) in fp32 here, on {torch.get_num_threads()} thread(s), "
         "medians taken in turns; layer and batch are torch's fused kernels, cuda_layer is ours, "
-        "others plain PyTorch"
+        "all other norms are plain PyTorch"
     )
     return result
 
 
 def card(name: str) -> list[list[str]]:
-    """What `name` is, in four parts of lines: its docstring, what its statistics are taken over in
-    training and, where that differs, in evaluation, and the 3×3 example worked out by the norm."""
+    """The card of `name` in four parts, each a list of lines: its docstring, a drawing of its
+    statistics in training, one in evaluation if that differs, and the 3×3 example."""
     cls = norm_class(name)
     differs = cls.evaluation_axes != cls.axes
     groups = 2 if cls.divisors else 1
@@ -109,12 +110,12 @@ def card(name: str) -> list[list[str]]:
 
 
 def drawing(when: str, axes: tuple[str, ...], groups: int) -> Iterator[str]:
-    """A (2, 3, 4) block: which numbers share their statistics with one of them."""
+    """Draw a (2, 3, 4) input and mark the numbers that share their statistics with ◆."""
     if not axes:
-        yield f"{when}: no statistics of this input at all; every number by itself"
+        yield f"{when}: no statistics of this input; each number is transformed alone"
         yield ""
         return
-    over = ", ".join(axes) + f", in {groups} groups" * (groups > 1)
+    over = ", ".join([*axes, f"in {groups} groups"] if groups > 1 else axes)
     yield f"{when}: the statistics of ◆ are taken over it and every ■ ({over})"
     yield "            sample 1    sample 2"
     yield "  feature   1 2 3 4     1 2 3 4"
@@ -126,7 +127,7 @@ def drawing(when: str, axes: tuple[str, ...], groups: int) -> Iterator[str]:
             for c in range(4):
                 place = {"B": b, "T": t, "C": c}
                 moved = {axis for axis in place if place[axis] != here[axis]}
-                # Rows and columns, as of prepbn, are two norms' and not one over both.
+                # prepbn's row and column belong to two norms; no norm runs over both.
                 shared = moved <= set(axes) and not (moved > {"C"}) and c < 4 // groups
                 row.append("◆" if place == here else "■" if shared else "·")
             cells.append(" ".join(row))
@@ -146,15 +147,16 @@ def lettered(values: Tensor) -> list[str]:
 def worked_example(name: str) -> Iterator[str]:
     """Rows A (1 2 3), B (4 5 6), C (7 8 9): statistics, output, and the gradients of γ and β."""
     cls, norm = norm_class(name), example(name, 3, block_size=3)
-    one_by_one = "B" in cls.axes and "T" not in cls.axes  # three samples of a token each
+    one_by_one = "B" in cls.axes and "T" not in cls.axes  # three samples of one token
     x = torch.arange(1.0, 10.0).view((3, 1, 3) if one_by_one else (1, 3, 3)).to(home(name))
     what = "samples of one token" if one_by_one else "tokens of one sample"
-    yield f"three {what}, three features" + ", in one group" * bool(cls.divisors)
+    grouped = ", in one group" if cls.divisors else ""
+    yield f"three {what}, three features{grouped}"
     yield from lettered(x.view(3, 3))
     if cls.axes and set(cls.axes) != set(DIMS):
         dims = [DIMS[axis] for axis in cls.axes]
         mean, variance = x.mean(dims, keepdim=True), x.var(dims, unbiased=False, keepdim=True)
-        yield "over each row, of A, B and C" if cls.axes == ("C",) else "over each column"
+        yield "over each row: A, B and C" if cls.axes == ("C",) else "over each column"
         yield f"  mean              {aligned(mean)}"
         yield f"  biased variance   {aligned(variance)}"
         yield f"  unbiased variance {aligned(x.var(dims))}   torch.var's"
@@ -168,7 +170,7 @@ def worked_example(name: str) -> Iterator[str]:
         norm.momentum = 1.0  # the running statistics are this batch's
     with norm_step(norm, 1, 100):
         y = norm(x)
-    yield "what the norm gives, as training begins"
+    yield "the norm's output at the start of training"
     yield from lettered(y.view(3, 3))
     yield from gradients(norm, y)
     if cls.evaluation_axes != cls.axes:
@@ -176,7 +178,7 @@ def worked_example(name: str) -> Iterator[str]:
 
 
 def gradients(norm: Any, y: Tensor) -> Iterator[str]:
-    """γ and β are shared by all tokens: their gradients are sums over them."""
+    """γ and β are shared by all tokens: their gradients are sums over the tokens."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if weight is None or not y.requires_grad:
         yield "no γ and no β"
@@ -185,10 +187,10 @@ def gradients(norm: Any, y: Tensor) -> Iterator[str]:
     y.backward(dy)
     name, x_hat = ("γ", "x̂") if weight.numel() > 1 else ("g", "y/g")
     both = f"{name} and β have" if bias is not None else f"{name} has"
-    shared = "one number a feature" if weight.numel() > 1 else "one number in all"
+    shared = "one number per feature" if weight.numel() > 1 else "one number in all"
     yield f"{both} {shared}, shared by all tokens; with dL/dy ="
     yield from lettered(dy.view(3, 3))
-    # Where γ and β serve only a part of the norm, as at the start of prepbn, this is not the sum.
+    # If γ and β belong to only a part of the norm, as in prepbn, this is not the sum.
     whole = bias is None or torch.allclose(bias.grad, dy.sum((0, 1)))
     yield f"  dL/d{name}{f' = Σ dy·{x_hat}' * whole}  {aligned(weight.grad)}"
     if bias is not None:
@@ -196,7 +198,7 @@ def gradients(norm: Any, y: Tensor) -> Iterator[str]:
 
 
 def alone(norm: Any, x: Tensor) -> Iterator[str]:
-    """What is left where there is no batch: one sample, as in generating text."""
+    """The output for one sample without a batch, as when generating text."""
     norm.eval()
     yield "token C alone, in evaluation"
     token = x.reshape(3, 1, 3)[2:]

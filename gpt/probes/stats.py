@@ -2,15 +2,15 @@
 
     sites      every norm, `h.0.attn.in`: moments before and after, gradient, γ, β and their drift
                (root mean square) from the values that the norm is built with
-    residual   the stream by depth, `embd`, `h.0`: moments, gradient, angle to the depth before
+    residual   the stream by depth, `embd`, `h.0`: moments, gradient, angle to the previous depth
     branches   what a sublayer adds to it, `h.0.attn`: moments, ratio to the block's input
     attention  `h.0.attn`: the largest logit, the mean entropy
     layers     `h.0`, `wte`: norms of gradient, parameters before the update, and update
     output     `logits`: mean log Z
 
-Hooks are there only inside `collect`, so that all other steps cost nothing; inside, everything
-stays on the device until `to_numbers` reads it in one transfer; on an accelerator `bincount` waits
-too.
+Hooks exist only inside `collect`, so that other steps cost nothing. Inside, everything stays on
+the device until `to_numbers` reads it in one transfer. On an accelerator `bincount` also waits for
+the device.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from gpt.model import GPT, Block
 from gpt.norms.base import Norm, norms_of
 
 MOMENTS = ("mean", "std", "rms", "absmax", "skew", "kurtosis", "outliers", "absmax_to_median")
-BINS = 32  # of a histogram from −8 to 8 root mean squares; what is beyond is in the outermost
+BINS = 32  # of a histogram from −8 to 8 root mean squares; the outermost bins hold what is beyond
 EDGES = [16 * i / BINS - 8 for i in range(BINS + 1)]
 GREEK = {"weight": "gamma", "bias": "beta"}  # what a norm's parameters are called in papers
-TORCH_NORMS = nn.LayerNorm | nn.RMSNorm  # over the last axis, as ours are
+TORCH_NORMS = nn.LayerNorm | nn.RMSNorm  # they run over the last axis, as ours do
 Record = dict[tuple[str, ...], Tensor]  # ("sites", "h.0.attn.in", "before") → its moments
 
 
@@ -41,11 +41,11 @@ def moments(x: Tensor, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """MOMENTS of x (…, C), in fp32.
 
     mean, std (biased), rms, absmax   of all of x
-    skew, kurtosis     E z³ and E z⁴, z = (x − μ)/σ: 0 and 3 for a Gaussian; 0 where x is constant
+    skew, kurtosis     E z³ and E z⁴, z = (x − μ)/σ: 0 and 3 for a Gaussian; 0 if x is constant
     outliers           Var_c(m)/(E_c m)², m the mean square of a feature (arXiv:2405.19279)
-    absmax_to_median   max |x| over its median, that of at most 2¹⁴ values (arXiv:2402.17762)
+    absmax_to_median   max |x| over the median of at most 2¹⁴ of the |x| (arXiv:2402.17762)
 
-    rows: the mean and the biased variance of each row, where they are known.
+    rows: the mean and the biased variance of each row, if they are known.
     """
     x = x.detach().float()
     features = x.square().flatten(0, -2).mean(0)
@@ -56,12 +56,12 @@ def moments(x: Tensor, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
         mean, within = rows[0].mean(), rows[1].mean()
         std = (within + (rows[0] - mean).square().mean()).sqrt()
         square = within + rows[0].square().mean()
-    # Divided first: x⁴ overflows fp32 from 4·10⁹, which a run without norms reaches.
+    # Divide first: x⁴ overflows fp32 from 4·10⁹ on, which runs without norms reach.
     z = (x - mean) / std.clamp_min(1e-30)
     cube = z * z * z
     absolute = x.abs().flatten()
     stride = -(-absolute.numel() // 2**14)
-    while math.gcd(stride, x.shape[-1]) > 1:  # else only some features would be looked at
+    while math.gcd(stride, x.shape[-1]) > 1:  # otherwise only some features would be sampled
         stride += 1
     median = absolute[::stride].median()
     absmax = absolute.amax()
@@ -71,7 +71,7 @@ def moments(x: Tensor, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
 
 
 def histogram(x: Tensor) -> Tensor:
-    """How much of x lies in each of BINS equal parts of [−8, 8] root mean squares: shares."""
+    """The share of x in each of BINS equal bins over [−8, 8] root mean squares."""
     x = x.detach().float()
     scaled = x / x.square().mean().sqrt().clamp_min(1e-30)
     bins = ((scaled.nan_to_num() + 8) * (BINS / 16)).clamp(0, BINS - 1).to(torch.int64)
@@ -92,15 +92,15 @@ def attention(q: Tensor, k: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
 def angle(x: Tensor, y: Tensor) -> Tensor:
     """The mean angle between two streams' tokens, in units of π (Mix-LN).
 
-    By Kahan's formula, 2 atan(‖x̂ − ŷ‖/‖x̂ + ŷ‖): the arccosine of a rounded cosine knows no angle
-    below 1e-4.
+    It uses Kahan's formula, 2 atan(‖x̂ − ŷ‖/‖x̂ + ŷ‖), since the arccosine of a rounded cosine
+    cannot resolve angles below 1e-4.
     """
     a, b = (nn.functional.normalize(stream.float(), dim=-1) for stream in (x, y))
     return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)).mean() / math.pi
 
 
 class Collector:
-    """The hooks of one step and what they find."""
+    """The hooks of one step, which fill the record."""
 
     def __init__(self, record: Record, grad_scale: float) -> None:
         self.record = record
@@ -114,7 +114,8 @@ class Collector:
     def keep_gradient(self, key: tuple[str, str], output: Tensor) -> Tensor:
         """Record the norm of the gradient that comes back to `output`.
 
-        A view of its own: an identity's output is its input, whose gradient holds more.
+        It hooks a new view: an identity's output is its input, and the input's gradient also comes
+        from elsewhere.
         """
         output = output.view_as(output)
 
@@ -136,13 +137,13 @@ class Collector:
                 self.record["sites", name, f"{label}_drift"] = off.square().mean().sqrt()
 
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            # Before the running statistics have taken this batch in.
+            # This runs before the running statistics are updated with this batch.
             assert isinstance(norm, Norm)
             for key, value in norm.statistics(inputs[0].detach()).items():
                 self.record["sites", name, key] = value
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
-            # A norm that adds the branch gives (y, stream).
+            # A norm that adds the branch returns (y, stream).
             y, stream = output if isinstance(output, tuple) else (output, None)
             x = inputs[0] if stream is None else stream
             rows = norm.rows if isinstance(norm, Norm) else None
@@ -158,7 +159,7 @@ class Collector:
 
     def stream(self, name: str, module: nn.Module) -> None:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
-            # A block gives the two summands (x, branch).
+            # A block returns the two summands (x, branch).
             x, branch = output if isinstance(output, tuple) else (output, None)
             total = (x if branch is None else x + branch).detach()
             self.record["residual", name, "after"] = moments(total)
@@ -192,7 +193,7 @@ class Collector:
         self.after(k_from, finish)
 
     def depths(self, model: GPT) -> None:
-        """The stream, the sublayers' branches and attention by depth; and the logits."""
+        """Hook the stream, the sublayers' branches and attention at each depth, and the logits."""
         self.stream("embd", model.drop)
         for i, block in enumerate(cast(Iterable[Block], model.h)):
             self.stream(f"h.{i}", block)
@@ -215,15 +216,15 @@ def collect(
 ) -> Iterator[Record]:
     """Inside, one forward and backward of `model` fills the record, which `to_numbers` reads.
 
-    A model that is not a GPT of ours has its norms as sites, of `gpt.norms` or of torch, and no
-    other groups. A model without norms raises ConfigError.
+    Any other model than our `GPT` fills only `sites`, with its norms from `gpt.norms` or torch. A
+    model without such norms raises ConfigError.
 
-    grad_scale  what a gradient is multiplied with: grad_accum, where the loss was divided by it
+    grad_scale  a factor on the recorded gradients: grad_accum, if the loss was divided by it
     """
     record = {} if record is None else record
     collector = Collector(record, grad_scale)
     norms = norms_of(model)
-    for norm in norms:  # if it has the moments of its rows they are reused
+    for norm in norms:  # a norm that computes row moments keeps them for reuse
         norm.keep_rows = True
     sites = {name: m for name, m in model.named_modules() if isinstance(m, Norm | TORCH_NORMS)}
     for name, module in sites.items():
@@ -243,7 +244,7 @@ def collect(
 
 @contextmanager
 def watch_update(model: nn.Module, record: Record) -> Iterator[None]:
-    """Inside, an optimizer step: each layer's norms of gradient, parameters, and then update."""
+    """Wraps an optimizer step: records each layer's norms of gradient, parameters and update."""
     layers: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         layer = ".".join(name.split(".")[:2]) if name.startswith("h.") else name.split(".")[0]
@@ -279,8 +280,8 @@ def to_numbers(record: Record) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def spike_score(values: list[float]) -> float:
-    """The share of values further than 6 standard deviations from the mean of the 128 before them,
-    which OLMo-core counts as spikes (the OLMo 2 paper's score: 7, of 1,000). 0 if too few."""
+    """The share of values more than 6 standard deviations from the mean of the 128 before them; 0
+    if too few. OLMo-core counts these as spikes (the OLMo 2 paper uses 7 and 1,000)."""
     if len(values) <= 128:
         return 0.0
     before = np.lib.stride_tricks.sliding_window_view(np.asarray(values[:-1]), 128)
@@ -291,7 +292,7 @@ def spike_score(values: list[float]) -> float:
 def first_nonfinite(record: Record) -> str | None:
     """The first place in the forward pass that holds NaN or infinity."""
     for (_, name, key), value in record.items():
-        # Neither a norm's weights nor what its running statistics are told by.
+        # Skip what is no activation: norms of weights, drifts, `tid_*` of running statistics.
         if key == "histogram" or key.startswith("tid_") or key.endswith(("_norm", "_drift")):
             continue
         largest = value[MOMENTS.index("absmax")] if value.dim() else value

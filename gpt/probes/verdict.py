@@ -1,4 +1,4 @@
-"""What a model lets a token see, in words. It is found out in `leak.py`."""
+"""Words for what a model lets a token see, which `leak.py` finds out."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FUTURE, NEIGHBOURS = "later tokens", "other samples"
-UNKNOWN = "what cannot be told, for the probe's output is not finite"
+UNKNOWN = "something unknown, since the probe's output is not finite"
 
 
 def verdict(seen: Sequence[str]) -> str:
-    """What to call a model of which `seen` is all that is known."""
+    """`leaky` or `unknown`: the word for a model whose tokens see `seen`."""
     return "leaky" if {FUTURE, NEIGHBOURS} & set(seen) else "unknown"
 
 
 @dataclass(frozen=True)
 class Sight:
-    """Of FUTURE, NEIGHBOURS and UNKNOWN: what some token's output depends on beside its past."""
+    """What a token's output depends on besides its past: any of FUTURE, NEIGHBOURS, UNKNOWN."""
 
     training: tuple[str, ...]
     evaluation: tuple[str, ...]
 
     @property
     def leaky(self) -> bool:
-        """Whether training is known to see what it must not."""
+        """Whether tokens are known to see later tokens or other samples in training."""
         return verdict(self.training) == "leaky"
 
     def lines(self) -> list[str]:
-        """For the console: what may not be compared, and why."""
+        """Lines for the console: which losses are not comparable, and why."""
         lines = []
         if self.training:
             lines.append(
@@ -43,5 +43,5 @@ class Sight:
 
 
 def marked(text: str, seen: Sequence[str]) -> str:
-    """`3.1415 (leaky)` or `3.1415 (unknown)`, where a model sees what it must not, or may."""
+    """`3.1415 (leaky)` or `3.1415 (unknown)`; `text` alone if nothing is seen."""
     return f"{text} ({verdict(seen)})" if seen else text

@@ -1,1 +1,1 @@
-"""What a trained model is used for: text, and norms folded into Linears."""
+"""Uses of a trained model: generating text, and folding norms into Linears."""

@@ -1,4 +1,4 @@
-"""Norms that are a fixed map in evaluation, taken into the Linear beside them."""
+"""Folding: a norm that is a fixed affine map in evaluation moves into the Linear beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpt.norms.base import Norm
 
 
 class Affine(nn.Module):
-    """y = x·scale + shift: what is left of a norm that no Linear can take in."""
+    """y = x·scale + shift: the remainder of a norm that no Linear can absorb."""
 
     scale: Tensor
     shift: Tensor
@@ -29,13 +29,13 @@ class Affine(nn.Module):
 
 @torch.no_grad()
 def fold(model: GPT) -> dict[str, int]:
-    """Fold in place every norm of `model`, in evaluation mode, that has an `as_affine()` there.
+    """Set `model` to evaluation mode and fold, in place, every norm whose `as_affine()` is a map.
 
     W(x·s + t) + b = (W·s)x + (Wt + b) for `in` and `mid`; (Wx + b)·s + t for `out`, `q`, `k`, `v`.
-    At `after`, `embd_norm` and `final_norm` no Linear can take it in (the head's weight is the
+    At `after`, `embd_norm` and `final_norm` no Linear can absorb a norm (the head's weight is the
     embedding's): a multiply-add remains. The logits are the same up to rounding.
 
-    Returns how many norms were folded away, became an affine map, and stay as they are.
+    Returns how many norms were folded into a Linear, became a multiply-add, and stayed unchanged.
     """
     model.eval()
     counts = {"folded": 0, "affine": 0, "kept": 0}
@@ -43,7 +43,7 @@ def fold(model: GPT) -> dict[str, int]:
         attn, mlp = block.attn, block.mlp
         rows = dict(zip("qkv", attn.c_attn.weight.chunk(3), strict=True))
         biases = dict(zip("qkv", attn.c_attn.bias.chunk(3), strict=True))
-        both = [mlp.c_fc] * block.parallel  # the MLP too reads attention's `in` there
+        both = [mlp.c_fc] * block.parallel  # there the MLP also reads attention's `in`
         for sublayer, readers in ((attn, [attn.c_attn, *both]), (mlp, [mlp.c_fc])):
             for slot in sublayer.slots:
                 map_ = affine_of(sublayer[slot], counts)

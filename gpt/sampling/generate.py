@@ -1,4 +1,4 @@
-"""Text from a model, one token at a time."""
+"""Generates text from a model, one token at a time."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def stream(
     top_k: int = 50,
     seed: int = 1,
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` in pieces, as they are made.
+    """Yield the continuation of `prompt` in pieces, as they are generated.
 
     temperature  0 takes the likeliest token; otherwise logits are divided by it
     top_k        only the k likeliest tokens are drawn from; 0 draws from all
-    seed         of the stream `sample`; drawn on the CPU, so that it does not depend on the device
+    seed         of the stream `sample`; drawn on the CPU, so that all devices draw the same numbers
 
     The model is put into evaluation mode and sees the last block_size tokens. A character whose
-    bytes are spread over several tokens is yielded when it is whole. Diverged is raised where the
+    bytes are spread over several tokens is yielded when it is whole. It raises Diverged if the
     largest logit is not finite.
     """
     model.eval()
@@ -50,14 +50,14 @@ def stream(
     for _ in range(max_new_tokens):
         logits = model(idx[:, -model.block_size :])[0][0, -1].float().cpu()  # (vocab_size,)
         largest = logits.max()
-        if not largest.isfinite():  # a single −∞ is a token that is never drawn
+        if not largest.isfinite():  # a logit of −∞ is allowed: its token is never drawn
             raise Diverged("the model has diverged, its logits are not finite; try an earlier step")
         if temperature == 0:
             token = logits.argmax().view(1)
         else:
             if 0 < top_k < len(logits):
                 logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            # The largest is 0, so that the smallest temperature cannot overflow.
+            # The largest becomes 0, so that even the smallest temperature cannot overflow.
             scaled = (logits - largest).double() / max(temperature, 1e-200)
             token = torch.multinomial(scaled.softmax(0), 1, generator=generator)
         idx = torch.cat([idx, token.view(1, 1).to(device)], dim=1)

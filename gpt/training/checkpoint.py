@@ -1,7 +1,7 @@
 """Checkpoints: `checkpoints/step_N/` with safetensors, JSON, and a SHA-256 manifest.
 
-A folder is written beside its place and renamed, so that it is whole or not there; the manifest
-tells a bit that flipped later. Nothing is pickled.
+A folder is written under a temporary name and renamed, so that it is whole or absent. The manifest
+reveals a bit that flipped later. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds, but for `memory`; batches and dropout follow from `step`.
+    """What changes during training. A checkpoint holds all of it except `memory`; batches and
+    dropout follow from `step`.
 
-    setting  what must be the same when resuming, beside the configuration: what the run is
-             made of, the device and the precision that `auto` stood for
-    memory   all buffers, as they were before the step that is being taken, see `remember` in
-             `gpt/training/step.py`
+    setting  what must be the same when a run resumes: its `sources` and its configuration, and the
+             device and precision that `auto` chose
+    memory   all buffers as they were before the current step; see `remember` in step.py
     """
 
     step: int
@@ -76,10 +76,10 @@ def save(run_dir: Path, state: TrainState, keep: int) -> None:
 
 
 def restore(run_dir: Path, state: TrainState) -> bool:
-    """Put the newest valid checkpoint into `state`; False where there is none to resume from.
+    """Load the newest intact checkpoint into `state`; False if the run has no checkpoint.
 
-    A damaged one is named in a warning and the one before it is taken; where all are damaged
-    DataError is raised, since starting over silently would overwrite what can be rescued.
+    A damaged checkpoint is named in a warning, and the one before it is taken. If all are damaged,
+    DataError is raised: starting over silently would overwrite what can be rescued.
     """
     for leftover in (run_dir / "checkpoints").glob("*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -91,13 +91,13 @@ def restore(run_dir: Path, state: TrainState) -> bool:
     progress = read_json(folder / "state.json")
     for key, here in state.setting.items():
         there = progress["setting"].get(key)
-        if None not in (there, here) and there != here:  # None: of init.from, it may be removed
+        if None not in (there, here) and there != here:  # None: init.from's run is gone
             raise DataError(
-                f"{folder}: its {key} was {there}, here it is {here}; bring that back or use "
+                f"{folder}: its {key} was {there} and is now {here}; restore the former or use "
                 "another run_dir"
             )
     state.step = progress["step"]
-    state.setting |= progress["setting"]  # what init.from was, where it is gone
+    state.setting |= progress["setting"]  # keeps the hash of init.from's run if that is gone
     load_weights(state.model, folder)
     load_optimizer(state.model, state.optimizer, load_file(folder / "optimizer.safetensors"))
     return True
@@ -106,9 +106,11 @@ def restore(run_dir: Path, state: TrainState) -> bool:
 def load_model(
     run_dir: str | Path, step: int | None = None, device: str | torch.device = "cpu"
 ) -> GPT:
-    """The trained model of a run, in evaluation mode, from its newest checkpoint or that of `step`.
+    """The trained model of a run, in evaluation mode.
 
-    MissingInput where there is none, DataError where it is damaged.
+    step  of the checkpoint to load; the newest by default
+
+    Raises MissingInput if there is no such checkpoint, and DataError if it is damaged.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").exists():
@@ -131,25 +133,25 @@ def load_weights(model: GPT, folder: Path) -> None:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except RuntimeError as error:  # other names or shapes
         raise DataError(
-            f"{folder}: its weights are of another model than its run's config.yaml and "
-            "tokenizer.json are of, or of another version of a norm; bring those back together"
+            f"{folder}: its weights do not fit the model of config.yaml and tokenizer.json, or a "
+            "norm has changed since; restore the files that belong together"
         ) from error
 
 
 def newest(run_dir: Path, step: int | None = None) -> Path | None:
-    """The newest checkpoint that is intact, or that of `step`, if there is one."""
+    """The newest intact checkpoint, or the one of `step`; None if there is none."""
     return next((f for f in checkpoints(run_dir, step) if is_valid(f)), None)
 
 
 def checkpoints(run_dir: Path, step: int | None = None) -> list[Path]:
-    """The finished checkpoint folders, newest first, or that of `step` alone."""
+    """The finished checkpoint folders, newest first, or only the one of `step`."""
     found = (run_dir / "checkpoints").glob("step_*" if step is None else f"step_{step}")
     folders = [f for f in found if f.name.removeprefix("step_").isdecimal()]
     return sorted(folders, key=lambda f: int(f.name.removeprefix("step_")), reverse=True)
 
 
 def is_valid(folder: Path) -> bool:
-    """Whether every file is what the manifest says; a warning names what is not."""
+    """Whether every file matches the manifest; a warning names those that do not."""
     try:
         manifest = read_json(folder / "manifest.json")
         damaged = [name for name in FILES if sha256(folder / name) != manifest.get(name)]

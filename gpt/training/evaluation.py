@@ -1,4 +1,4 @@
-"""Validation: always the same windows, and BatchNorms by their running statistics."""
+"""Validation: always on the same windows, and with BatchNorm's running statistics."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gpt.norms.batch import batch_statistics, norms_with_batch_stats
 def evaluate(
     model: GPT, batches: ValBatches, bytes_of: Tensor, device: torch.device, dtype: str
 ) -> dict[str, float]:
-    """Validation loss in nats a token and in bits a byte of text, on always the same windows.
+    """Validation loss in nats a token and in bits a byte of text.
 
-    A BatchNorm model is judged with its running statistics; the loss with the batch's own, which
-    generation does not have, stands beside it, over full batches alone: a shorter one has other
-    statistics. It is left out where the windows do not fill a batch.
+    BatchNorm uses its running statistics, as in generation. `val_loss_batch_stats` is the loss with
+    each batch's own statistics. It is taken over full batches only, because a shorter batch has
+    other statistics, and left out if the windows do not fill one.
     """
 
     def losses(equal: bool = False) -> tuple[float, float]:

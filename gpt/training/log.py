@@ -1,4 +1,4 @@
-"""What a run leaves to read: JSON lines in its directory, always, and wandb as their mirror."""
+"""The log of a run: JSON lines in its directory, and wandb as a mirror of them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from gpt.common.terminal import warn
 from gpt.config import Config
 from gpt.probes.stats import EDGES
 
-# What wandb is told of a run's configuration.
-TOLD = ("seed", "device", "dtype", "compile", "tokenizer", "strict_causal", "norm", "placement",
+# The groups of the configuration that wandb receives.
+SENT = ("seed", "device", "dtype", "compile", "tokenizer", "strict_causal", "norm", "placement",
         "model", "train", "optim")  # fmt: skip
 
 
@@ -44,7 +44,7 @@ class RunLog:
     """Appends to `metrics.jsonl` and `stats.jsonl` of a run, and mirrors them to wandb.
 
     A resumed run drops the rows after `keep_until`, its checkpoint's step, and writes them again.
-    Of a run's several processes only the first writes.
+    Only the first process of a run writes.
     """
 
     def __init__(self, run_dir: Path, cfg: Config, keep_until: int) -> None:
@@ -62,7 +62,7 @@ class RunLog:
         if len(trained) < keep_until:
             raise DataError(
                 f"{run_dir}/metrics.jsonl: {keep_until - len(trained)} of the {keep_until} steps "
-                "before the checkpoint are gone; bring it back or use another run_dir"
+                "before the checkpoint are gone; restore it or use another run_dir"
             )
         self.wandb = Wandb(run_dir, cfg)
         self.wandb.catch_up(kept["metrics.jsonl"], kept["stats.jsonl"])
@@ -76,7 +76,7 @@ class RunLog:
         self.wandb.log(step, values)
 
     def stats(self, step: int, table: dict[str, Any]) -> None:
-        """`table` is what `gpt.probes.stats.to_numbers` gives."""
+        """`table` comes from `gpt.probes.stats.to_numbers`."""
         self.write("stats", {"step": step, **table})
         self.wandb.stats(step, table)
 
@@ -95,7 +95,7 @@ class RunLog:
             self.files[name].flush()
 
     def sync(self) -> None:
-        """To the disk: a checkpoint must not outlive the rows before it."""
+        """Flush to the disk: a checkpoint must not outlive the rows before it."""
         for file in self.files.values():
             os.fsync(file.fileno())
 
@@ -106,7 +106,7 @@ class RunLog:
 
 
 class Wandb:
-    """wandb as a mirror that may fail: the first failure is said once and ends the mirror."""
+    """wandb as a mirror that may fail: the first failure is reported and ends the mirror."""
 
     def __init__(self, run_dir: Path, cfg: Config) -> None:
         self.run: Any = None
@@ -114,7 +114,7 @@ class Wandb:
         disabled = "disabled" in (cfg.wandb.mode, os.environ.get("WANDB_MODE"))
         if rank() == 0 and not disabled:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # its dependencies' deprecations are not ours
+                warnings.simplefilter("ignore")  # deprecations in its dependencies
                 self.attempt(lambda: self.start(run_dir, cfg))
 
     def start(self, run_dir: Path, cfg: Config) -> None:
@@ -130,8 +130,8 @@ class Wandb:
             write_atomically(id_file, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:16])
         if mode == "offline":
             self.was_synced = forget_unsynced(run_dir / "wandb")
-        # Only what describes the experiment, by name: no paths, no environment.
-        config = {k: v for k, v in asdict(cfg).items() if k in TOLD}
+        # Only settings of the experiment are sent: no paths, no environment.
+        config = {k: v for k, v in asdict(cfg).items() if k in SENT}
         config["norm"] = {k: v for k, v in cfg.norm.items() if k != "module"}
         in_sweep = cfg.run_dir is None and run_dir.parent.name != "runs"
         self.run = wandb.init(
@@ -161,11 +161,11 @@ class Wandb:
         )
 
     def log(self, step: int, row: dict[str, Any]) -> None:
-        """Rows of one step are one row there; of a step that it has already it takes none."""
+        """wandb merges rows of one step, and ignores a step that it already has."""
         self.tell(lambda run: run.log(row, step=step))
 
     def catch_up(self, metrics: list[dict[str, Any]], stats: list[dict[str, Any]]) -> None:
-        """Tell wandb what it has not got of a run that was killed."""
+        """Send the rows that a killed run did not get to send."""
         if self.run is None or (self.run.offline and self.was_synced):
             return
         rows: list[Any] = [(row["step"], row, self.log) for row in metrics]
@@ -175,7 +175,7 @@ class Wandb:
                 tell(step, {key: value for key, value in row.items() if key != "step"})
 
     def stats(self, step: int, table: dict[str, Any]) -> None:
-        """Numbers as lines, `sites/final_norm/after/rms`; shares of equal bins as histograms."""
+        """Numbers as lines, such as `sites/final_norm/after/rms`; lists as histograms."""
 
         def call(run: Any) -> None:
             import wandb
@@ -205,7 +205,7 @@ class Wandb:
         self.run = None
 
     def tell(self, call: Callable[[Any], Any]) -> None:
-        """`call` of the wandb run, if there is one still."""
+        """Pass the wandb run to `call`, unless the mirror has ended."""
         if self.run is not None:
             self.attempt(lambda: call(self.run))
 
@@ -214,17 +214,15 @@ class Wandb:
             call()
         except Exception as error:
             self.run = None
-            with suppress(Exception):  # so that it does not fail again, loudly, at exit
+            with suppress(Exception):  # else it fails again, loudly, at exit
                 sys.modules["wandb"].teardown()
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            warn(f"wandb failed, the run goes on without it: {first_line}")
+            warn(f"wandb failed; the run goes on without it: {first_line}")
 
 
 def forget_unsynced(folder: Path) -> bool:
-    """Remove what a killed run has left for `wandb sync`: the run's own files tell it all again.
-
-    Whether some was sent already, and stays.
-    """
+    """Remove what a killed run left for `wandb sync`, since its rows are logged again. Returns
+    whether some of it was already sent; that stays."""
     sent = False
     for left in folder.glob("offline-run-*"):
         if any(left.glob("*.synced")):

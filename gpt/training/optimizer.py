@@ -12,9 +12,11 @@ from gpt.norms.base import norms_of
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: no bias, and nothing of a norm, whatever its shape.
+    """AdamW. Weight decay applies to matrices only: not to biases, nor to any parameter of a norm
+    (γ, β), whatever its shape.
 
-    One fused kernel on CPU and CUDA; that of MPS has ignored `found_inf` (pytorch#186360).
+    The update is one fused kernel on CPU and CUDA. On MPS it is not fused, because that kernel
+    ignored `found_inf` (pytorch#186360).
     """
     parameters = list(model.parameters())
     of_norms = {p for norm in norms_of(model) for p in norm.parameters()}
@@ -29,7 +31,8 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
 
 
 def lr_at(step: int, steps: int, cfg: OptimConfig) -> float:
-    """The learning rate of update `step`, 1 to `steps`: linear to lr, then a cosine to min_lr."""
+    """The learning rate of update `step`, 1 to `steps`: a linear warm-up to lr, then a cosine down
+    to min_lr."""
     if step <= cfg.warmup_steps:
         return cfg.lr * step / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / (steps - cfg.warmup_steps)

@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, and that only one process writes to it."""
+"""A run's directory: one configuration, one process that writes; and signals that stop a run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from gpt.config import Config, load_config
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Inside, no other process trains in `run_dir`; Locked names the one that already does.
+    """Inside, no other process trains in `run_dir`. Locked is raised, with the other's name, if one
+    already does.
 
-    Of a run that has not begun, because it was refused, nothing is left.
+    A run that is refused before it starts leaves nothing behind.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     holder = run_dir / ".holder"
     try:
-        with FileLock(run_dir / ".lock", timeout=0):  # the system frees it, however a process ends
+        with FileLock(run_dir / ".lock", timeout=0):  # freed however a process ends
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             try:
                 yield
@@ -43,26 +44,24 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def refuse_another_configuration(run_dir: Path, cfg: Config) -> None:
-    """Raise ConfigError, naming the first key, where `run_dir` holds a run of other settings."""
+    """Raise ConfigError if `run_dir` holds a run with other settings; it names the first one."""
     path = run_dir / "config.yaml"
     if not path.exists():
         return
     there, here = flatten(load_config(path).identity(), "."), flatten(cfg.identity(), ".")
-    # `norm.name` before what follows from it
+    # `norm.name` comes before the settings that follow from it.
     for key in sorted(there.keys() | here.keys(), key=lambda k: (not k.endswith(".name"), k)):
-        if repr(there.get(key)) != repr(here.get(key)):  # 1 and 1.0 have other hashes
+        if repr(there.get(key)) != repr(here.get(key)):  # 1 and 1.0 have different hashes
             raise ConfigError(
-                f"{path}: {key}={there.get(key)} there, {here.get(key)} now; a run keeps its "
-                "configuration, so use another run_dir or the same values"
+                f"{path}: the run has {key}={there.get(key)}, and now it is {here.get(key)}; a run "
+                "keeps its configuration, so use the same values or another run_dir"
             )
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT, SIGTERM and SIGUSR1 are noted in the list, so that a step can be finished.
-
-    A second signal ends the process at once.
-    """
+    """Inside, SIGINT, SIGTERM and SIGUSR1 only append to the list, so that the current step can
+    finish. A second signal ends the process at once."""
     caught: list[int] = []
 
     def note(number: int, _: Any) -> None:

@@ -12,7 +12,7 @@ from gpt.probes.verdict import verdict
 
 
 class Screen:
-    """Lines of text, and a progress bar while training; nothing where it is `quiet`."""
+    """Lines of text, and a progress bar during training; nothing if `quiet`."""
 
     def __init__(self, total: int, quiet: bool = False) -> None:
         self.console = Terminal(soft_wrap=True, quiet=quiet)
@@ -37,7 +37,7 @@ class Screen:
         self.say(line)
 
     def steps_done(self, step: int, loss: float, speed: float | None) -> None:
-        """speed: None where a step also took statistics, so that the one before is shown still."""
+        """speed: None for a step with statistics, which is slower; the last speed stays shown."""
         self.progress.update(self.task, completed=step, loss=f"{loss:.3f}")
         if speed is not None:
             self.progress.update(self.task, speed=f"{speed:,.0f}")

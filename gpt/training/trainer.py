@@ -54,11 +54,11 @@ from gpt.training.screen import Screen
 from gpt.training.step import Row, first_not_finite, is_finite, read, update, where_not_finite
 from gpt.training.warm_start import source_sha256, transplant
 
-READ_EVERY = 10  # steps on CUDA, where reading a loss waits for the device; else each is read
-SAMPLE_TOKENS = 200  # of the text at a run's end
-TRAIN_LOSS_OVER = 50  # last steps: the summary's training loss is the mean over them
-ADVICE = "Try a smaller optim.lr or another norm"
-ANOTHER = {  # in words, where one of a run's `sources` is another
+READ_EVERY = 10  # steps on CUDA, where reading a loss waits for the device; elsewhere each is read
+SAMPLE_TOKENS = 200  # length of the text that a run generates at its end
+TRAIN_LOSS_OVER = 50  # the summary's training loss is the mean over the last 50 steps
+ADVICE = "Try a smaller optim.lr or a different norm"
+ANOTHER = {  # what a finished run was made with, if one of its `sources` has changed since
     "corpus_sha256": "on another text",
     "train_bytes": "on another split of its text",
     "init_sha256": "from other weights in init.from",
@@ -68,7 +68,7 @@ ANOTHER = {  # in words, where one of a run's `sources` is another
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change while training; what does is `TrainState`."""
+    """What stays fixed during training. What changes is in `TrainState`."""
 
     cfg: Config
     dir: Path
@@ -79,15 +79,16 @@ class Run:
 
 
 def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[str, Any]:
-    """Make, resume, or find finished the run that `cfg` describes; returns its summary.
+    """Start or resume the run that `cfg` describes, and return its summary; a finished run only
+    returns it.
 
-    Its directory is `cfg.run_dir`, or else a name under `root` that follows from `cfg`. Diverged is
-    raised where the loss is not finite any more: that too is a result, and not tried again.
+    The run's directory is `cfg.run_dir`, or a folder in `root` whose name follows from `cfg`.
+    Raises Diverged if the loss stops being finite. That is a result too: it is not tried again.
     """
     run_dir = Path(cfg.run_dir) if cfg.run_dir else root / cfg.run_name()
     with processes(cfg.device), locked(run_dir) if rank() == 0 else nullcontext():
         screen = Screen(cfg.train.steps, quiet=quiet or rank() > 0)
-        wait_for_all()  # the first holds the lock, so that the files are this run's
+        wait_for_all()  # until the first process holds the lock, so that the files are this run's
         refuse_another_configuration(run_dir, cfg)
         data = prepare(cfg)
         if (run_dir / "DONE").exists():
@@ -108,7 +109,7 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
         try:
             run_steps(run, state, log)
             if rank() > 0:
-                return {}  # the first process has the files
+                return {}  # only the first process writes files
             sample = sample_text(run, state.model)
             log.sample(state.step, sample)
             summary = summarise(run, state)
@@ -118,7 +119,7 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
             if rank() == 0:
                 log.summary(summarise(run, state) | {"diverged_at": state.step})
                 write_atomically(run_dir / "DONE", cfg.hash() + "\n")
-            wait_for_all()  # the first that ends has torchrun end the others
+            wait_for_all()  # when one process ends, torchrun ends the others
             raise
         finally:
             log.close()
@@ -127,29 +128,30 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
 
 
 def sample_text(run: Run, model: GPT) -> str:
-    """What the model writes after a line's end."""
+    """A text that the model generates after a newline."""
     options: Any = {"max_new_tokens": SAMPLE_TOKENS, "temperature": 0.6, "seed": run.cfg.seed}
     return generate(model, run.data.tokenizer, "\n", **options)
 
 
 def finished(run_dir: Path, cfg: Config, data: Data, screen: Screen) -> dict[str, Any]:
-    """The summary of a run that is done, if it is made of what this run is made of."""
+    """The summary of a finished run. Raises an error if its configuration or its `sources` differ
+    from this run's."""
     summary = read_json(run_dir / "summary.json")
     if summary.get("config_hash") != cfg.hash():
-        raise ConfigError(f"{run_dir} is finished under another configuration; use another run_dir")
+        raise ConfigError(f"{run_dir} has finished with another configuration; use another run_dir")
     for key, now in sources(cfg, data).items():
         if None not in (now, summary.get(key)) and now != summary[key]:
-            raise DataError(f"{run_dir} is finished, {ANOTHER[key]} than now; use another run_dir")
+            raise DataError(f"{run_dir} has finished {ANOTHER[key]}; use another run_dir")
     if "diverged_at" in summary:
         raise Diverged(
-            f"{run_dir} diverged at step {summary['diverged_at']} before, and is not tried again"
+            f"{run_dir} diverged at step {summary['diverged_at']} earlier; it is not tried again"
         )
-    screen.say(f"{run_dir} is finished already", style="green")
+    screen.say(f"{run_dir} has already finished", style="green")
     return summary
 
 
 def sources(cfg: Config, data: Data) -> dict[str, Any]:
-    """What a run is made of beside its configuration: it must be the same when it resumes."""
+    """The inputs of a run besides its configuration. They must be the same when it resumes."""
     module = cfg.norm.get("module")
     return {
         "corpus_sha256": data.train.header.corpus_sha256,
@@ -160,7 +162,7 @@ def sources(cfg: Config, data: Data) -> dict[str, Any]:
 
 
 def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run, TrainState]:
-    """The run before its first step."""
+    """A run before its first step."""
     device = resolve_device(cfg.device)
     make_deterministic(device)
     reset_peak_memory(device)
@@ -190,46 +192,21 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
 def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
     """Train to `train.steps`, with evaluations, statistics and checkpoints on the way.
 
-    Step n is the n-th update. Its loss is that before the update, a validation loss that after.
+    Step n is the n-th update. Its loss is measured before the update, a validation loss after it.
     """
     cfg, t, device = run.cfg, run.cfg.train, run.device
     block_size = cfg.model.block_size
     batches = TrainBatches(run.data.train.ids, t.batch_size, t.grad_accum, block_size, cfg.seed)
     val = ValBatches(run.data.val.ids, t.batch_size, block_size, t.eval_tokens)
-    bytes_of = torch.tensor(token_bytes(run.data.tokenizer), device=device)
-    model: nn.Module = state.model
-    if world_size() > 1:
-        with warnings.catch_warnings():  # torch 2.13 has another name for it, 2.11 has not
-            warnings.simplefilter("ignore", FutureWarning)
-            # A norm of the user's may leave parameters out of some steps; ours do not.
-            own = any(not type(n).__module__.startswith("gpt.") for n in norms_of(model))
-            model = DistributedDataParallel(
-                model, broadcast_buffers=False, find_unused_parameters=own
-            )
-    compiled = model
-    if cfg.compile:
-        torch.compiler.reset()  # what other runs of a sweep have compiled
-        warnings.filterwarnings("ignore", "TensorFloat32")  # float32 means float32 here
-        # Dropout as without it, so that steps with statistics, which are not compiled, fit in.
-        options: Any = {"fallback_random": True}
-        compiled = torch.compile(model, options=options)  # type: ignore[assignment]
-    leaky = {"leaky": True} if run.sight.leaky else {}
+    model, compiled = wrap(state.model, cfg)
     unread: list[Row] = []
 
-    def evaluate_and_log() -> None:
-        result = evaluate(state.model, val, bytes_of, device, cfg.dtype)
-        log.metrics(state.step, **result)
-        run.screen.evaluation(state.step, result)
-        if not math.isfinite(result["val_loss"]):
-            site = first_not_finite(cfg, state.model.eval(), val.on(device), device)
-            raise Diverged(
-                f"diverged at step {state.step}: validation loss {result['val_loss']}, first in "
-                f"{site or 'the loss'}. {ADVICE}"
-            )
+    def due(every: int) -> bool:
+        return state.step % every == 0 or state.step == t.steps
 
     with stop_signals() as signals, run.screen.progress:
         if state.step == 0:
-            evaluate_and_log()
+            evaluate_and_log(run, state, log, val)
         started = time.perf_counter()
         while state.step < t.steps:
             step = state.step + 1
@@ -239,31 +216,19 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             row, record = update(cfg, state, forward, batches, device, collecting)
             unread.append(row)
 
-            evaluating = step % t.eval_every == 0 or step == t.steps
             reading = device.type != "cuda" or step % READ_EVERY == 0
-            # Looked at once, by all processes alike: only what was saved may say "stopped".
+            # All processes look once, at the same time: only what was saved may say "stopped".
             stopping = (reading or world_size() == 1) and on_any_process(bool(signals))
-            saving = step % t.checkpoint_every == 0 or step == t.steps or stopping
+            evaluating, saving = due(t.eval_every), due(t.checkpoint_every) or stopping
             if not (reading or collecting or evaluating or saving):
                 continue
-            rows = read(unread)
+            seconds = (time.perf_counter() - started) / len(unread)
+            log_steps(run, state, log, batches, read(unread), seconds, collecting)
             unread.clear()
-            seconds = time.perf_counter() - started
-            speed = len(rows) * t.batch_size * t.grad_accum * block_size / seconds
-            for values in rows:
-                log.metrics(**values, **leaky, tokens_per_s=round(speed, 1))
-            run.screen.steps_done(step, rows[-1]["loss"], None if collecting else speed)
-            if not is_finite(rows[-1]):
-                state.step = rows[-1]["step"]
-                site = where_not_finite(cfg, state, batches, device)
-                raise Diverged(
-                    f"diverged at step {state.step}: loss {rows[-1]['loss']}, gradient norm "
-                    f"{rows[-1]['grad_norm']}, {site}. {ADVICE}"
-                )
             if collecting:
                 log.stats(step, stats.to_numbers(record))
             if evaluating:
-                evaluate_and_log()
+                evaluate_and_log(run, state, log, val)
             if saving and rank() == 0:
                 log.sync()
                 checkpoint.save(run.dir, state, t.keep_checkpoints)
@@ -273,6 +238,69 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
         if on_any_process(bool(signals)):  # all wait until the first has saved
             run.screen.say(f"stopped at step {state.step}; the same command resumes there")
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+
+
+def wrap(model: GPT, cfg: Config) -> tuple[nn.Module, nn.Module]:
+    """The model for steps with statistics and for steps without: both share gradients between
+    processes, and the second is compiled if `compile` is true."""
+    shared: nn.Module = model
+    if world_size() > 1:
+        with warnings.catch_warnings():  # torch 2.13 has renamed an option that 2.11 needs
+            warnings.simplefilter("ignore", FutureWarning)
+            # A user's norm may leave parameters out of some steps; ours never do.
+            own = any(not type(n).__module__.startswith("gpt.") for n in norms_of(model))
+            shared = DistributedDataParallel(
+                model, broadcast_buffers=False, find_unused_parameters=own
+            )
+    if not cfg.compile:
+        return shared, shared
+    torch.compiler.reset()  # forget what other runs of a sweep have compiled
+    warnings.filterwarnings("ignore", "TensorFloat32")  # float32 means float32 here
+    # Dropout draws the same numbers compiled or not, so that steps with statistics fit in.
+    options: Any = {"fallback_random": True}
+    return shared, torch.compile(shared, options=options)  # type: ignore[return-value]
+
+
+def evaluate_and_log(run: Run, state: TrainState, log: RunLog, val: ValBatches) -> None:
+    """Raises Diverged, with the site, if the validation loss is not finite."""
+    bytes_of = torch.tensor(token_bytes(run.data.tokenizer), device=run.device)
+    result = evaluate(state.model, val, bytes_of, run.device, run.cfg.dtype)
+    log.metrics(state.step, **result)
+    run.screen.evaluation(state.step, result)
+    if not math.isfinite(result["val_loss"]):
+        model = state.model.eval()
+        site = first_not_finite(run.cfg, model, val.on(run.device), run.device)
+        raise Diverged(
+            f"diverged at step {state.step}: validation loss {result['val_loss']}, first in "
+            f"{site or 'the loss'}. {ADVICE}"
+        )
+
+
+def log_steps(
+    run: Run,
+    state: TrainState,
+    log: RunLog,
+    batches: TrainBatches,
+    rows: list[dict[str, Any]],
+    seconds: float,
+    collecting: bool,
+) -> None:
+    """Log the steps since the last call, which took `seconds` each. Raises Diverged, with the site,
+    if the last one is not finite."""
+    t = run.cfg.train
+    speed = t.batch_size * t.grad_accum * run.cfg.model.block_size / seconds
+    leaky = {"leaky": True} if run.sight.leaky else {}
+    for values in rows:
+        log.metrics(**values, **leaky, tokens_per_s=round(speed, 1))
+    last = rows[-1]
+    run.screen.steps_done(last["step"], last["loss"], None if collecting else speed)
+    if not is_finite(last):
+        state.step = last["step"]
+        site = where_not_finite(run.cfg, state, batches, run.device)
+        raise Diverged(
+            f"diverged at step {state.step}: loss {last['loss']}, gradient norm "
+            f"{last['grad_norm']}, {site}. {ADVICE}"
+        )
 
 
 def introduce(run: Run, model: GPT) -> None:
@@ -296,7 +324,7 @@ def introduce(run: Run, model: GPT) -> None:
 
 
 def summarise(run: Run, state: TrainState) -> dict[str, Any]:
-    """The run in numbers, from its own `metrics.jsonl`."""
+    """The run in numbers, mostly from its `metrics.jsonl`."""
     cfg, t = run.cfg, run.cfg.train
     rows = read_jsonl(run.dir / "metrics.jsonl")
     losses = [r["loss"] for r in rows if r.get("loss") is not None][-TRAIN_LOSS_OVER:]
@@ -306,7 +334,7 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
     }
     evaluations = [r for r in rows if "val_loss" in r]
     if not evaluations:
-        raise DataError(f"{run.dir}/metrics.jsonl: its rows are gone; use another run_dir")
+        raise DataError(f"{run.dir}/metrics.jsonl: it has no evaluations; use another run_dir")
     tokens = state.step * t.batch_size * t.grad_accum * cfg.model.block_size
     return {
         **{k: v for k, v in evaluations[-1].items() if k != "step"},
@@ -323,7 +351,7 @@ def summarise(run: Run, state: TrainState) -> dict[str, Any]:
         "steps": state.step,
         "params": sum(p.numel() for p in state.model.parameters()),
         "tokens": tokens,
-        # The first steps may compile, those with statistics take longer.
+        # The median, because first steps may compile and steps with statistics take longer.
         "tokens_per_s": median([r["tokens_per_s"] for r in rows if "tokens_per_s" in r] or [0.0]),
         "corpus": cfg.data.name,
         **{key: state.setting[key] for key in ANOTHER},

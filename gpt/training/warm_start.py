@@ -1,4 +1,4 @@
-"""Start from a trained model, with the same norms or others."""
+"""Start from a trained model, with its norms or with new ones."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gpt.training.checkpoint import load_model, newest
 
 @torch.no_grad()
 def transplant(model: GPT, cfg: Config, tokens: str) -> str:
-    """Give `model` the newest weights of the run `cfg.init["from"]`; a line that says which.
+    """Give `model` the newest weights of the run `cfg.init["from"]`. Returns a line about them.
 
     tokens  the fingerprint of this run's tokenizer
 
-    The model's sizes, its placement and its tokens must be that run's, and without
-    `init.swap_norm` its norm as well, else ConfigError. If norms are swapped, parameters of the
-    same name and shape (γ, β) begin as far from where the new norm starts them as they were from
-    where the old one did; the others and running statistics start afresh.
+    Raises ConfigError unless both runs have the same model sizes, placement and tokenizer, and the
+    same norm if `init.swap_norm` is not set. A swapped norm takes over parameters of the same name
+    and shape (γ, β): their distance from the new norm's initial value is the distance they had from
+    the old norm's. All else in it, such as running statistics, starts afresh.
     """
     source = Path(cfg.init["from"])
     trained = load_model(source)
@@ -36,10 +36,10 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
         a, b = (flatten(as_dict(getattr(c, group)), ".") for c in (there, cfg))
         keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
         if keys:
-            told = ["name"] if "name" in keys else keys  # with a name come all other keys
+            told = ["name"] if "name" in keys else keys  # the other keys follow from the name
             theirs = " ".join(f"{group}.{key}={a.get(key)}" for key in told)
-            hint = f", or instead of it init.swap_norm={b['name']}" if group == "norm" else ""
-            raise ConfigError(f"init.from={source}: it has {theirs}; say so here too{hint}")
+            hint = f", or init.swap_norm={b['name']} instead" if group == "norm" else ""
+            raise ConfigError(f"init.from={source}: it has {theirs}; set that here too{hint}")
     if fingerprint(load_tokenizer(source / "tokenizer.json")) != tokens:
         raise ConfigError(
             f"init.from={source}: it uses a different tokenizer; use the same data and tokenizer"
@@ -65,17 +65,17 @@ def transplant(model: GPT, cfg: Config, tokens: str) -> str:
         line += f", without its {', '.join(left)}"
     again = sorted({name_of(n) for n in norms_of(model) if changes(n)})
     if again:
-        line += f"; what {', '.join(again)} changes by step begins again"
+        line += f"; the schedule of {', '.join(again)} starts again"
     return line
 
 
 def source_sha256(cfg: Config) -> str | None:
-    """SHA-256 of the weights that `transplant` takes; None where there are none (any more)."""
+    """SHA-256 of the weights that `transplant` takes; None if there are none, or none any more."""
     folder = newest(Path(cfg.init["from"])) if cfg.init["from"] else None
     return read_json(folder / "manifest.json")["model.safetensors"] if folder else None
 
 
 def as_dict(group: Any) -> dict[str, Any]:
-    """A group of the configuration without what a trained model does not depend on."""
+    """A group of the configuration, without settings that a trained model does not depend on."""
     values = group if isinstance(group, dict) else asdict(group)
     return {k: v for k, v in values.items() if k not in ("dropout", "init", "xavier", "module")}

@@ -18,7 +18,7 @@ from gpt.placement import build_model
 from tests.tools.configs import make_config
 from tests.tools.kernels import BF16, DTYPES, F32, close
 
-# A hint of torch's about the device is no failure.
+# A hint from torch about the device must not fail a test.
 pytestmark = pytest.mark.filterwarnings("default")
 POWERS = [2**k + d for k in range(3, 14) for d in (-1, 0, 1)]
 WIDTHS = [1, 760, 769, 1128, 1280, 1600, 50_000, *POWERS]
@@ -29,7 +29,7 @@ def randn(*shape: int, dtype: torch.dtype = F32, requires_grad: bool = False) ->
 
 
 def distances(C: int, N: int, dtypes: tuple[torch.dtype, ...], branch: bool, offset: float = 0.0):  # type: ignore[no-untyped-def]
-    """Check y, and the gradients against twice the native kernel's error."""
+    """Check y, and that the gradients' error is at most twice the native kernel's."""
     torch.manual_seed(0)
     X, B, Y, W = dtypes
     x = (randn(N, C) + offset).to(X).requires_grad_()
@@ -60,8 +60,8 @@ def distances(C: int, N: int, dtypes: tuple[torch.dtype, ...], branch: bool, off
     for ours, native_, exactly, summed in compared:
         error = (ours.grad.double() - exactly.grad).abs().max().item()
         allowed = (native_.grad.to(ours.dtype).double() - exactly.grad).abs().max().item()
-        # In a few rows the largest of either error is chance: they are allowed some last digits,
-        # of the sums on the way too.
+        # With few rows the largest error of either kernel is a matter of chance: allow a few units
+        # in the last place, also of intermediate sums.
         largest = max(summed**0.5, exactly.grad.abs().max().item())
         floor = 4 * torch.finfo(ours.dtype).eps * largest
         assert error <= 2 * allowed + floor, (C, N, dtypes)
@@ -69,7 +69,7 @@ def distances(C: int, N: int, dtypes: tuple[torch.dtype, ...], branch: bool, off
 
 @pytest.mark.parametrize("C", WIDTHS)
 def test_every_width_is_right_in_every_dtype(C: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "multiprocessors", lambda _: 1)  # blocks take many rows
+    monkeypatch.setattr(kernels, "multiprocessors", lambda _: 1)  # each block takes many rows
     for dtypes in DTYPES[:-1]:
         for branch in (False, True):
             distances(C, 37, dtypes, branch)
@@ -85,7 +85,7 @@ def test_data_far_from_zero_lose_nothing() -> None:
 
 
 def test_a_thread_whose_first_kernel_it_is_can_launch_it() -> None:
-    """As in a backward pass that begins with it: torch binds no context to such a thread."""
+    """A backward pass can begin with it, in a thread to which torch has bound no context."""
     x, weight = randn(8, 768), randn(768)
     expected = layer_norm(x, weight, None, 1e-5)
     with ThreadPoolExecutor(1) as thread:

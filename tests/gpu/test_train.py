@@ -16,7 +16,7 @@ from gpt.config import Config
 from gpt.training.trainer import train
 from tests.tools.configs import curve, read_rows
 
-# A hint of torch's about the device is no failure.
+# A hint from torch about the device must not fail a test.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

@@ -1,4 +1,4 @@
-"""Configurations of tests: tiny, composed once; and what a run left behind, read back."""
+"""Tiny configurations for tests, composed once; and functions that read what a run left behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpt.config import Config, register_schemas, typed
 from gpt.norms.registry import NORMS
 from tests.tools.programs import REPO
 
-BUILDABLE = [n for n in NORMS if n != "cuda_layer"]  # that one has tests/gpu and test_kernels
+BUILDABLE = [n for n in NORMS if n != "cuda_layer"]  # tests/gpu and test_kernels test that one
 TINY = {
     "model.n_layer": 2,
     "model.n_head": 2,
@@ -39,7 +39,7 @@ register_schemas()
 
 
 def mostly_long(cases: Iterable[Any], *short: Any) -> list[Any]:
-    """Cases of which `pytest` runs those in `short`, and `pytest -m long` the others."""
+    """Mark cases: `pytest` runs those in `short`, `pytest -m long` runs the rest."""
     return [
         case if case in short else pytest.param(*as_tuple(case), marks=pytest.mark.long)
         for case in cases
@@ -51,7 +51,7 @@ def as_tuple(case: Any) -> tuple[Any, ...]:
 
 
 def overrides(*extra: str, **values: Any) -> list[str]:
-    """TINY and `extra`, the latter winning."""
+    """TINY, changed by `values` and then by `extra`."""
     merged = {**TINY, **values}
     merged.update(arg.split("=", 1) for arg in extra)
     return [f"{key}={value}" for key, value in merged.items()]
@@ -77,7 +77,7 @@ def read_rows(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:
 
 
 def curve(run_dir: Path) -> list[tuple[Any, ...]]:
-    """What two runs must share to the bit: every logged number but the speed."""
+    """What two runs must share to the bit: every logged number except the speed."""
     return [
         tuple((k, v) for k, v in row.items() if k != "tokens_per_s") for row in read_rows(run_dir)
     ]

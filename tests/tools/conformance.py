@@ -1,4 +1,4 @@
-"""Checks that any norm must pass, as functions, so that planted faults can be shown to them."""
+"""Checks that every norm must pass: functions, so that tests can run them on planted faults."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def pure(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x) as a function: what it remembers is forgotten again."""
+    """norm(x) without side effects: the norm's buffers stay as they are."""
     state = {**dict(norm.named_parameters()), **{k: b.clone() for k, b in norm.named_buffers()}}
     return functional_call(norm, state, (x,))
 
@@ -49,11 +49,11 @@ def trained(norm: nn.Module, width: int = 8) -> Any:
     return norm.eval()
 
 
-# --- the checks, as functions, so that planted faults can be shown to them ----------------------
+# --- the checks ---------------------------------------------------------------------------------
 
 
 def check_precision(build: Make, reference: Any, x: Tensor) -> None:
-    """In fp32 it is as near to float64's result as rounding its input, or a mean of it, allows."""
+    """In fp32 its error is no larger than rounding its input, or a mean of it, explains."""
     norm, exactly = build(x.shape[-1]), build(x.shape[-1]).double()
     reference = reference or (lambda x, n: pure(n, x))
     x64 = x.double()
@@ -61,8 +61,8 @@ def check_precision(build: Make, reference: Any, x: Tensor) -> None:
     noise = [1 + 2.0**-23 * randn(*x.shape, seed=s, dtype=torch.float64) for s in (1, 2, 3)]
     changes = [(reference(x64 * n, exactly) - expected).abs() for n in noise]
     rounded_input = torch.stack(changes).amax(0).amax(-1, keepdim=True)
-    # A mean is off by 2⁻²³ of the largest value, and divided by a deviation over C or groups of
-    # it, T or B and T.
+    # A mean is off by 2⁻²³ of the largest value, and is divided by a deviation over C or its
+    # groups, over T, over B, or over B and T.
     grouped = x64.unflatten(
         -1, (max([getattr(exactly, key) for key in exactly.divisors] or [1]), -1)
     )
@@ -76,7 +76,7 @@ def check_precision(build: Make, reference: Any, x: Tensor) -> None:
 
 
 def check_sight(build: Make, axes: tuple[str, ...], evaluation_axes: tuple[str, ...]) -> None:
-    """Others are seen along the declared axes, and along these only."""
+    """An output depends on other entries along the declared axes, and along these only."""
     norm, x = build(8), randn(3, T, 8)
     trained(norm)
     for training, declared in ((True, axes), (False, evaluation_axes)):
@@ -98,7 +98,7 @@ def check_sight(build: Make, axes: tuple[str, ...], evaluation_axes: tuple[str, 
 
 
 def check_invariances(build: Make, declared: tuple[str, ...]) -> None:
-    """x + c and c·x leave the training output as it is, where that is declared, and only there."""
+    """x + c and c·x leave the training output unchanged if that is declared, and only then."""
     norm, x = build(8).double(), 100 * randn(3, T, 8, dtype=torch.float64)
     y = pure(norm, x)
     for name, other in (("shift", x + 7.0), ("scale", 3.0 * x)):
@@ -116,7 +116,7 @@ def check_affine_gradients(build: Make) -> None:
         return
     pure(norm, x).backward(dy)
     for key, parameter in parameters.items():
-        with torch.no_grad():  # y is linear in both: x̂, or 1, is what one more of it adds
+        with torch.no_grad():  # y is linear in both: adding 1 to γ adds x̂, to β adds 1
             y = pure(norm, x)
             parameter += 1
             per_token = pure(norm, x) - y

@@ -15,7 +15,7 @@ COMMIT = "1" * 40
 
 @contextmanager
 def hub_server(name: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """Inside, the data set `name` of these files is at the address; what was asked is listed."""
+    """Serve the data set `name` with these files; yield the address and the requested paths."""
     asked: list[str] = []
     info = {"_id": "1", "id": name, "sha": COMMIT, "private": False, "tags": [], "downloads": 0,
             "likes": 0, "siblings": [{"rfilename": path} for path in files]}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What tests of the CUDA LayerNorm share: types, and how near to float64 is near enough."""
+"""Shared by the tests of the CUDA LayerNorm: dtypes, and tolerances against float64."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-# x, branch, y, weights: fp32; all bf16; all fp16; under autocast a norm before a sublayer, after
-# it, and inside it; mixed at will
+# The dtypes of x, branch, y and weights: all fp32; all bf16; all fp16; under autocast, of a norm
+# before a sublayer, after it and inside it; an arbitrary mixture.
 DTYPES = [
     (F32, F32, F32, F32),
     (BF16, BF16, BF16, BF16),
@@ -26,7 +26,7 @@ def ulps(value: Tensor, exact: Tensor) -> float:
 
 
 def close(value: Tensor, exact: Tensor) -> bool:
-    """fp32 within 2e-6·max(1, |y|), the others within 1 ulp of the exact result."""
+    """Within 2e-6·max(1, |y|) of the exact result for fp32, within 1 ulp for other dtypes."""
     if value.dtype == F32:
         return bool(((value.double() - exact).abs() <= 2e-6 * exact.abs().clamp_min(1)).all())
     return ulps(value, exact) <= 1

@@ -1,4 +1,4 @@
-"""Runs that no one trained, for tests of what is said of them."""
+"""Run directories written without training, for tests of the reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def summary(
     config: dict[str, object] | None = None,
     **more: object,
 ) -> None:
-    """A run's directory as training leaves it, with numbers, and other keys, of one's own."""
+    """Write a run directory as training leaves it, with the given loss, config and other keys."""
     run = folder / f"{norm}-pre-bs4-s{seed}"
     run.mkdir(parents=True)
     base = {

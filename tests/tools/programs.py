@@ -1,4 +1,4 @@
-"""The program as a user runs it: in processes of its own, which can be killed."""
+"""The program as a user runs it: in separate processes, which can be killed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 class Process:
-    """`python *argv` without the seconds that importing torch takes. As a `subprocess.Popen`."""
+    """`python *argv` with torch already imported, which saves seconds. Like `subprocess.Popen`."""
 
     def __init__(
         self, argv: list[str], cwd: Path, timeout: int, whole: bool = False, **env: str
@@ -47,7 +47,7 @@ class Process:
         os.kill(self.pid, number)
 
     def wait(self) -> subprocess.CompletedProcess[str]:
-        """Until it ends; then what it printed."""
+        """Wait until it ends; return what it printed."""
         if self.returncode is None:
             self.returncode = ask(self.pid, 0)
         printed = [(self.folder / name).read_text() for name in ("out", "err")]
@@ -57,7 +57,7 @@ class Process:
 
 
 def ask(*pid_and_flags: int, **program: Any) -> Any:
-    """See zygote.py, which this is a request to."""
+    """Send a request to zygote.py, which describes the format."""
     process = zygote()
     assert process.stdin is not None
     assert process.stdout is not None
@@ -68,7 +68,7 @@ def ask(*pid_and_flags: int, **program: Any) -> Any:
 
 @cache
 def zygote() -> subprocess.Popen[str]:
-    """It ends with the process that started it."""
+    """Start zygote.py; it ends with the process that started it."""
     command = [sys.executable, str(REPO / "tests" / "tools" / "zygote.py")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
@@ -86,18 +86,18 @@ def start(
 def run_program(
     *args: str, script: str = "train", cwd: Path = REPO, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user does, and give back what it printed."""
+    """Run a script as a user does; return what it printed."""
     return start(*args, script=script, cwd=cwd, **env).wait()
 
 
 def run_pytest(*args: str) -> subprocess.CompletedProcess[str]:
     options = ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
-    options += ["-W", "ignore:Module already imported"]  # by the zygote: a plugin of hydra's
+    options += ["-W", "ignore:Module already imported"]  # the zygote did: hydra's plugin
     return Process([*options, *args], REPO, timeout=120).wait()
 
 
 def run_ranks(*args: str) -> subprocess.CompletedProcess[str]:
-    """Train in two processes, as torchrun starts them; what both printed."""
+    """Train in two processes, as torchrun starts them; return what both printed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

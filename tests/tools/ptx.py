@@ -1,10 +1,10 @@
 """Runs a CUDA kernel on the CPU: the PTX that NVRTC makes of it, instruction by instruction.
 
-Every thread of a launch is a lane of numpy arrays. Of the lanes that do not wait, those whose next
-instruction comes first in the program take it together, so that lanes which went different ways
-meet again. Registers and shared memory begin as NaN. What a device would leave to chance is a
-`Fault`: an address out of bounds or misaligned, a value that one thread writes and another reads
-or writes with no barrier between, a shuffle without the whole warp, a barrier some never reach.
+Every thread of a launch is a lane of numpy arrays. Each step runs the earliest instruction that is
+next for any lane that does not wait, for all lanes that are at it: diverged lanes meet again.
+Registers and shared memory begin as NaN. What a device leaves undefined raises `Fault`: an address
+out of bounds or misaligned, a value that one thread writes and another reads or writes with no
+barrier between, a shuffle without the whole warp, a barrier that some threads never reach.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.tools.ptx_memory import Fault, Memory
 
 LANES = 1 << 15  # how many run at once, in whole blocks
 WAITS, DONE = 1 << 20, 1 << 30  # added to the next instruction of a lane
-BARRIERS = 16  # of a block
+BARRIERS = 16  # per block
 
 
 class Instruction(NamedTuple):
@@ -41,7 +41,7 @@ class Instruction(NamedTuple):
 
 class Kernel(NamedTuple):
     parameters: list[tuple[str, str]]  # type and name
-    threads: int  # a block has at most
+    threads: int  # the most that a block has
     registers: dict[str, tuple[type, int]]  # type and number of each kind
     shared: dict[str, int]  # where each array begins
     shared_bytes: int
@@ -92,8 +92,8 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
-    "div": np.floor_divide,  # of integers, which are not negative here
-    "min": np.fmin,  # of a number and a NaN, the number
+    "div": np.floor_divide,  # integers, which are not negative here
+    "min": np.fmin,  # a number and a NaN give the number
     "max": np.fmax,
     "and": np.bitwise_and,
     "or": np.bitwise_or,
@@ -106,9 +106,9 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "cvta": lambda a: a,
     "selp": lambda a, b, condition: np.where(condition, a, b),
     "fma": lambda a, b, c: (np.float64(a) * b + c).astype(np.float32),
-    "rsqrt": lambda a: ((1 + 2**-22.9) / np.sqrt(np.float64(a))).astype(np.float32),  # at worst
+    "rsqrt": lambda a: ((1 + 2**-22.9) / np.sqrt(np.float64(a))).astype(np.float32),  # worst case
 }
-MANNERS = {"rn", "lo", "approx", "to", "global"}  # as `rn` in `fma.rn.f32`
+MANNERS = {"rn", "lo", "approx", "to", "global"}  # modifiers, such as `rn` in `fma.rn.f32`
 COMPARISONS: dict[str, Callable[..., Any]] = {
     "eq": np.equal,
     "ne": np.not_equal,
@@ -125,7 +125,7 @@ class Blocks:
     """Some blocks of a launch, from their first instruction to their last."""
 
     kernel: Kernel
-    numbers: Any  # theirs in the grid
+    numbers: Any  # the blocks' indices in the grid
     first_lane: int
     grid: tuple[int, int]
     threads: int
@@ -136,7 +136,7 @@ class Blocks:
         n = len(self.numbers) * self.threads
         self.names = np.arange(n) + self.first_lane
         self.next = np.zeros(n, np.int64)
-        self.barrier, self.wanted = np.zeros((2, n), np.int64)  # its number and threads
+        self.barrier, self.wanted = np.zeros((2, n), np.int64)  # number, threads
         self.registers = {
             f"%{kind}{i}": np.full(n, -1).astype(bits)
             for kind, (bits, count) in self.kernel.registers.items()
@@ -151,7 +151,7 @@ class Blocks:
             ("nctaid.y", np.full(n, self.grid[1])),
         ):
             self.registers["%" + name] = value.astype(np.uint32)
-        # Each block's after the other's, in words of 4 bytes.
+        # The blocks' shared memories, one after another, in words of 4 bytes.
         words = np.full(len(self.numbers) * self.kernel.shared_bytes // 4, -1).astype(np.uint32)
         self.shared = Memory(0, words)
 
@@ -169,13 +169,13 @@ class Blocks:
                 raise Fault(f"{fault}: {instruction.text}") from None
 
     def pass_barrier(self) -> None:
-        """Each barrier at which as many threads of a block wait as it wants lets them go on."""
+        """Release the threads of each barrier at which as many wait as it needs."""
         waiting = np.flatnonzero(self.next < DONE)
         block = waiting // self.threads
         barrier, wanted = self.barrier[waiting] + BARRIERS * block, self.wanted[waiting]
         full = np.bincount(barrier)[barrier] == wanted
         if not np.isin(block, block[full]).all():
-            raise Fault("a barrier that some threads of the block never reach")
+            raise Fault("a deadlock: some threads of the block never reach the barrier")
         waiting, barrier, wanted = waiting[full], barrier[full], wanted[full]
         self.next[waiting] -= WAITS
         first, last = np.zeros((2, barrier.max() + 1), np.int64)
@@ -257,7 +257,7 @@ class Blocks:
                 raise ValueError(f"unknown to this interpreter: {instruction.text}")
 
     def get(self, operand: str, kind: str) -> Any:
-        """The lanes' values of a register, or the one value of a number or a name."""
+        """A register's value in each lane, or the single value of a number or a name."""
         wanted = dtype(kind)
         if operand[0] == "%":
             bits = self.registers[operand][self.lanes]
@@ -274,7 +274,7 @@ class Blocks:
         to[self.lanes] = value if value.dtype == bool else value.view(f"u{value.dtype.itemsize}")
 
     def locate(self, space: str, operand: str) -> tuple[Memory, Any]:
-        """`[%rd1+8]`: the memory it is in, and the address of each lane there."""
+        """The memory that an operand such as `[%rd1+8]` is in, and each lane's address there."""
         name, _, offset = operand[1:-1].partition("+")
         addresses = self.get(name, "s64") + int(offset or 0) + np.zeros_like(self.lanes)
         if space == "shared":
@@ -299,14 +299,14 @@ class Blocks:
 
 
 def as_bf16(value: Any) -> Any:
-    """Its bits, rounded to nearest even; a NaN is the device's own."""
+    """bf16 bits, rounded to nearest even; a NaN becomes the device's NaN."""
     bits = value.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(value), np.uint32(0x7FFF), rounded)
 
 
 def queue(plan: Plan, _: torch.device, *launches: Launch, arch: str = "compute_90") -> None:
-    """Takes the place of `queue` of gpt/kernels/layer_norm.py, with tensors of the CPU."""
+    """Replaces `queue` of gpt/kernels/layer_norm.py and takes CPU tensors."""
     for launch in launches:
         run(plan, launch, arch)
 

@@ -1,5 +1,5 @@
-"""The memory of ptx.py, which knows the threads that have used each place: what a device would
-leave to chance is a `Fault`."""
+"""The memory of ptx.py. It records which threads have used each place, and raises `Fault` if a
+device's result would be undefined."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-NOBODY = 0  # lanes, the threads of a launch, count from 1
+NOBODY = 0  # lanes (threads of a launch) are numbered from 1
 
 
 class Fault(AssertionError):
@@ -15,16 +15,16 @@ class Fault(AssertionError):
 
 
 class Users:
-    """The first and the last lane that used each place; and from which to which lane, all in a row,
-    have met at a barrier since, and so may go on with it."""
+    """The first and the last lane that used each place; and the first and last of the lanes that
+    have met at a barrier since, and so may use it without a race."""
 
     def __init__(self, places: int) -> None:
         self.first, self.last = (np.zeros(places, np.int32) for _ in range(2))
-        self.low: Any = None  # there from the first barrier on
+        self.low: Any = None  # allocated at the first barrier
         self.high: Any = None
 
     def add(self, at: Any, lanes: Any) -> None:
-        """They ascend; and of several that are assigned to one place the last remains."""
+        """Lanes ascend. If several are assigned to one place, numpy keeps the last."""
         self.last[at] = np.maximum(self.last[at], lanes)
         at, lanes = at[::-1], lanes[::-1]
         first = self.first[at]
@@ -36,7 +36,7 @@ class Users:
         self.first[at] = self.last[at] = NOBODY
 
     def meet(self, start: Any, end: Any) -> None:
-        """`start[lane]` and `end[lane]`: with which lanes it has just met, or NOBODY."""
+        """Each lane has just met `start[lane]` to `end[lane]` at a barrier, or NOBODY."""
         if self.low is None:
             self.low, self.high = np.zeros_like(self.first), np.zeros_like(self.first)
         start, end = start[self.first], end[self.first]
@@ -45,7 +45,7 @@ class Users:
         self.low[more], self.high[more] = start[more], end[more]
 
     def strange(self, at: Any, lanes: Any) -> bool:
-        """Whether any of the lanes comes to a place that another used whom it has not met since."""
+        """Whether a lane comes to a place that another lane used, without a barrier between."""
         first, last = self.first[at], self.last[at]
         others = (first != NOBODY) & ((first != lanes) | (last != lanes))
         if self.low is not None:
@@ -65,7 +65,7 @@ class Memory:
         self.readers.meet(start, end)
 
     def find(self, addresses: Any, size: int, lanes: Any) -> tuple[Any, Any]:
-        """The items that each lane means, and the lane once for each of them."""
+        """The index of each item that a lane accesses, and that lane's number for each item."""
         if (addresses % size).any():
             raise Fault("misaligned")
         each = self.items.itemsize
@@ -77,14 +77,14 @@ class Memory:
     def read(self, addresses: Any, size: int, lanes: Any) -> Any:
         at, lanes = self.find(addresses, size, lanes)
         if self.writers.strange(at, lanes):
-            raise Fault("read what another thread wrote, without a barrier")
+            raise Fault("a race: read what another thread wrote, without a barrier")
         self.readers.add(at, lanes)
         return self.items[at]
 
     def write(self, addresses: Any, values: Any, lanes: Any) -> None:
         at, lanes = self.find(addresses, values.shape[1] * values.itemsize, lanes)
         if self.writers.strange(at, lanes) or self.readers.strange(at, lanes):
-            raise Fault("wrote where another thread was, without a barrier")
+            raise Fault("a race: wrote where another thread was, without a barrier")
         self.readers.forget(at)
         self.writers.forget(at)
         self.writers.add(at, lanes)

@@ -1,6 +1,6 @@
-"""What each norm's training output must be, by a library or by its written formula, in float64.
+"""Each norm's training output in float64, from a library function or its written formula.
 
-A norm that is not here is compared with itself in float64.
+A norm that is not listed here is compared with itself in float64.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A stand-in for wandb's server: what its client asks over HTTP, answered from memory.
 
-It knows runs (configuration, tags, group, history by line, summary) and takes any file. It checks
-no key and keeps nothing. What it was never asked for is answered with an empty object.
+It knows runs (configuration, tags, group, history by line, summary) and accepts any file. It checks
+no API key and writes nothing to disk. Any unknown request is answered with an empty object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OWNER = {"id": "1", "name": "someone"}
 
 @dataclass
 class Run:
-    """One run as the server has it. history: its lines, in the order of their offsets."""
+    """One run as the server stores it. history: its lines, in order of offset."""
 
     name: str
     told: dict[str, Any]
@@ -66,8 +66,8 @@ class Server:
                      for file in given["files"]]  # fmt: skip
             return {"createRunFiles": {"runID": given["run"], "uploadHeaders": [], "files": files}}
         if "query ArtifactType(" in request["query"]:
-            return {"project": {"artifact": None}}  # none of this name yet
-        if name == "CreateArtifact":  # "committed": it needs no upload beside the run's own file
+            return {"project": {"artifact": None}}  # no artifact of this name yet
+        if name == "CreateArtifact":  # "committed": it needs no upload beyond the run's file
             one = {"id": "1", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}
             return {"createArtifact": {"artifact": one}}
         return {}
@@ -86,7 +86,7 @@ class Server:
 
 @contextmanager
 def wandb_server() -> Iterator[Server]:
-    """Inside, a server answers at its `url`."""
+    """Run a server, which answers at its `url`, until the context ends."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -1,9 +1,10 @@
-"""Starts programs, each forked from this process, which has imported what takes seconds.
+"""Starts programs by forking this process, which has already imported the slow modules.
 
-A request is a line of JSON on stdin, its answer a line on stdout: the arguments of `become` start a
-program and give its process id; `[pid, flags]` wait for it and give its exit code as `subprocess`
-has it, or null. A program's threads and exit handlers end as they do elsewhere; the interpreter is
-then taken down only on request (`whole`), since that takes longer than most programs here.
+A request is a line of JSON on stdin; its answer is a line on stdout. The arguments of `become`
+start a program; the answer is its process id. `[pid, flags]` waits for it; the answer is its exit
+code as `subprocess` gives it, or null. A program's threads and exit handlers end as usual. The
+interpreter is then shut down only on request (`whole`), because that takes longer than most
+programs here.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import sys
 import threading
 from pathlib import Path
 
-SAMPLE_TOKENS = 20  # of the text at a run's end; 200 take longer than a tiny training
+SAMPLE_TOKENS = 20  # length of a run's sample; 200 take longer than a tiny training
 
 
 def become(
     argv: list[str], cwd: str, env: dict[str, str], files: list[str], timeout: int, whole: bool
 ) -> None:
-    """Be what `python *argv` is, with files for stdin, stdout and stderr."""
+    """Run as `python *argv`, with files for stdin, stdout and stderr."""
     for target, path in enumerate(files):
         os.dup2(os.open(path, os.O_RDWR), target)
     os.chdir(cwd)
@@ -70,7 +71,7 @@ def serve() -> None:
 
     gpt.training.trainer.SAMPLE_TOKENS = SAMPLE_TOKENS
     gc.collect()
-    gc.freeze()  # else each program's last sweep of the heap copies all of it, which takes a second
+    gc.freeze()  # else each program's last collection copies the whole heap, which takes a second
     for line in sys.stdin:
         request = json.loads(line)
         answer = wait(*request) if isinstance(request, list) else os.fork() or become(**request)
