@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpt.common.errors import ConfigError, DataError, MissingInput
 from gpt.config import Config, DataConfig
 from gpt.data import tokens
 from gpt.data.batches import TrainBatches, ValBatches
-from gpt.data.corpus import CHUNK, Corpus, open_corpus
+from gpt.data.corpus import Corpus, open_corpus
+from gpt.data.readers import CHUNK
 from gpt.data.tokens import open_tokens, prepare
 from tests.tools.configs import make_config
 from tests.tools.programs import run_program
@@ -115,7 +118,7 @@ def test_text_that_is_not_utf8_is_refused_with_file_and_byte(tmp_path: Path) -> 
 def test_a_missing_path_and_an_unknown_corpus_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingInput, match="no such file or folder"):
         open_corpus(DataConfig("text", str(tmp_path / "none")))
-    with pytest.raises(MissingInput, match="holds no file"):
+    with pytest.raises(MissingInput, match="no readable file"):
         open_corpus(DataConfig("text", str(tmp_path)))
     with pytest.raises(ConfigError, match="did you mean 'pydoc'"):
         open_corpus(DataConfig("pydok"))
@@ -270,10 +273,53 @@ def test_tokens_that_are_prepared_need_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prepare on a machine with a network, train on one without."""
-    texts = [("train", "some text " * 50), ("val", "other text " * 20)]
-    monkeypatch.setattr("gpt.data.corpus.read_dataset", lambda *_: iter(texts))
+    texts = iter(["some text " * 50]), iter(["other text " * 20])
+    monkeypatch.setattr("gpt.data.corpus.splits_of_hub", lambda *_: texts)
     cfg = make_config("data=hf", "data.path=someone/something", "data.streaming=true")
     prepare(cfg)
     monkeypatch.undo()
     monkeypatch.setattr("gpt.data.corpus.hub_reachable", lambda: False)
     assert len(prepare(cfg).val.ids) == 222
+
+
+def test_a_text_that_changes_under_its_size_and_time_is_prepared_anew(tmp_path: Path) -> None:
+    """Tokens of the old text would be trained on, and its old SHA-256 reported."""
+    path = tmp_path / "a.txt"
+    path.write_text("old words " * 500)
+    old, times = prepare(text_config(path)), path.stat()
+    path.write_text("new words " * 500)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    new = prepare(text_config(path))
+    assert new.tokenizer.decode(new.val.ids[:9].tolist()) in "new words new words "
+    assert new.train.header.corpus_sha256 != old.train.header.corpus_sha256
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json", "manifest.json"])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_a_prepared_folder_is_found(
+    prepared: Path, name: str, place: float, bit: int
+) -> None:
+    """One bit of val.bin once changed the validation loss from 5.541312 to 5.541323."""
+    path = prepared / "folder" / name
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[int(place * len(whole))] ^= 1 << bit
+    path.write_bytes(damaged)
+    try:
+        with pytest.raises(DataError, match=r"(damaged|restore)"):
+            prepare(text_config(prepared / "a.txt"))
+    finally:
+        path.write_bytes(whole)
+    prepare(text_config(prepared / "a.txt"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A text and, as `folder`, its tokens."""
+    place = tmp_path_factory.mktemp("prepared")
+    (place / "a.txt").write_text("some words\n" * 300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT_DATA", str(place / "data"))
+        tokens_path = prepare(text_config(place / "a.txt")).val.path
+        os.symlink(tokens_path.parent, place / "folder")
+        yield place

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import csv
-import glob
 import hashlib
 import re
 import socket
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from gpt.common.errors import ConfigError, DataError, MissingInput, UserError, nearest
+from gpt.common.errors import ConfigError, DataError, MissingInput, UserError
 from gpt.config import DataConfig, check_choice
+from gpt.data.readers import (
+    READERS,
+    Document,
+    Files,
+    check_column,
+    checked,
+    find_files,
+    read_texts,
+)
 
-Document = tuple[str, str]  # ("train" | "val", text)
-CHUNK = 1 << 20  # bytes of a text file that are in memory at a time
 VAL_EVERY = 10  # every tenth document is validation
-KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,14 @@ class Corpus:
     key        changes whenever the documents change; cheap to compute, without reading them
     documents  yields (split, text), the same at each call
     separate   whether documents are separate texts, to be kept apart by a separator token
+    left_out   what is not in it, and how often: {"hidden files": 2}; complete once it was read
     """
 
     name: str
     key: str
     documents: Callable[[], Iterator[Document]]
     separate: bool = True
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def open_corpus(cfg: DataConfig) -> Corpus:
@@ -47,7 +55,7 @@ def open_corpus(cfg: DataConfig) -> Corpus:
 
 
 def digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
 def pydoc(cfg: DataConfig) -> Corpus:
@@ -90,73 +98,97 @@ def stdlib(cfg: DataConfig) -> Corpus:
 
 
 def interleave(texts: Iterable[str], offset: int = VAL_EVERY - 1) -> Iterator[Document]:
-    for i, text in enumerate(texts):
+    """Every tenth text is validation; empty texts do not count."""
+    i = 0
+    for text in texts:
         yield ("val" if i % VAL_EVERY == offset else "train"), text
+        i += bool(text)
+
+
+def one_by_one(train: Iterable[str], val: Iterable[str]) -> Iterator[Document]:
+    yield from (("train", text) for text in train)
+    yield from (("val", text) for text in val)
 
 
 def text(cfg: DataConfig) -> Corpus:
-    """A UTF-8 file, or the files of a folder in order; the last tenth is validation."""
+    """A UTF-8 file, or the files of a folder in order. The last tenth is validation, unless the
+    files' names give splits."""
     path = Path(cfg.path or "")
-    if not path.exists():
-        raise MissingInput(f"data.path={cfg.path}: no such file or folder")
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    files = [f for f in files if not any(p.startswith(".") for p in f.relative_to(path).parts)]
-    if not files:
-        raise MissingInput(f"data.path={cfg.path}: the folder holds no file")
-    return Corpus(slug(path.name), file_key(files), lambda: read_texts(files), separate=False)
+    files = find_files(str(path))
+    if not files.train:
+        missing = "the folder has no readable file" if path.is_dir() else "no such file or folder"
+        raise MissingInput(f"data.path={cfg.path}: {missing}")
 
+    def documents() -> Iterator[Document]:
+        if files.val:
+            train, val = ((text for _, text in read_texts(fs)) for fs in (files.train, files.val))
+            yield from one_by_one(train, val)
+        else:
+            yield from read_texts(files.train)
 
-def read_texts(files: list[Path]) -> Iterator[Document]:
-    """The files' bytes as they are (CRLF included), in chunks that end with a line.
-
-    The cut between training and validation is at 90% of all bytes, moved to the next character.
-    """
-    cut = sum(f.stat().st_size for f in files) * 9 // 10
-    done = 0
-    for file in files:
-        start = done
-        with file.open("rb") as lines:
-            while chunk := b"".join(lines.readlines(CHUNK)):
-                at = min(max(cut - done, 0), len(chunk))
-                while at < len(chunk) and chunk[at] & 0xC0 == 0x80:  # inside a character
-                    at += 1
-                offset = done - start
-                if at > 0:
-                    yield "train", decode(chunk[:at], file, offset)
-                if at < len(chunk):
-                    yield "val", decode(chunk[at:], file, offset + at)
-                done += len(chunk)
-
-
-def decode(part: bytes, file: Path, offset: int) -> str:
-    try:
-        return part.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: not UTF-8 at byte {offset + error.start} ({error.reason}); "
-            "convert it, for example with: iconv -t utf-8"
-        ) from error
+    key = file_key([*files.train, *files.val])
+    return Corpus(slug(path.name), key, documents, separate=False, left_out=files.left_out)
 
 
 def hf(cfg: DataConfig) -> Corpus:
-    """A data set through `datasets`: local files (jsonl, parquet, csv, text) or a name on the hub.
+    """Local files (jsonl, parquet, csv, text), or a data set on the hub, through `datasets`.
 
     Its `validation` or `test` split is validation; without one, every tenth document is. A data
     set on the hub is identified by its name only: if it changes there, delete its folder in data/.
     """
     path = str(cfg.path)
-    files = local_files(path)
-    if files and cfg.subset:
+    files = data_files(path)
+    if files.train and cfg.subset:
         raise ConfigError(f"data.subset={cfg.subset}: local files have no subsets; leave it out")
+    paths = [*files.train, *files.val]
     options = (str(cfg.subset), cfg.column, str(cfg.max_documents))
-    key = digest(path, *options, file_key(files) if files else "hub")
-    return Corpus(slug(path), key, lambda: read_dataset(cfg, path, files))
+    key = digest(path, *options, file_key(paths) if paths else "hub")
+
+    def documents() -> Iterator[Document]:
+        train, val = splits_of_files(cfg, files) if paths else splits_of_hub(cfg, path)
+        empty = 0
+        for split, text in interleave(train) if val is None else one_by_one(train, val):
+            if text:
+                yield split, text
+            else:
+                empty += 1
+        files.left_out["empty documents"] = empty
+
+    return Corpus(slug(path), key, documents, left_out=files.left_out)
 
 
-def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Document]:
-    if files and not any(file.stat().st_size for file in files):
+def data_files(path: str) -> Files:
+    """The files that `path` names, which are of one kind; no files if it is a name on the hub."""
+    files = find_files(path, tuple(READERS))
+    kinds = sorted({f.suffix.lower() for f in files.train + files.val})
+    if len(kinds) > 1 or not set(kinds) <= set(READERS):
+        raise DataError(
+            f"data.path={path}: files of {', '.join(k or 'no suffix' for k in kinds)}; expected "
+            f"one kind of {', '.join(READERS)}"
+        )
+    if not kinds and Path(path).is_dir():
+        raise MissingInput(f"data.path={path}: no file of {', '.join(READERS)} below it")
+    if kinds and not any(f.stat().st_size for f in files.train):
         raise DataError(f"data.path={path}: it is empty")
-    offline = not files and not hub_reachable()
+    return files
+
+
+Texts = Iterator[str]
+
+
+def splits_of_files(cfg: DataConfig, files: Files) -> tuple[Texts, Texts | None]:
+    """The texts of the splits, "" for a row without text; at most max_documents rows of each."""
+
+    def texts(paths: list[Path]) -> Texts:
+        rows = (text for f in paths for text in READERS[f.suffix.lower()](f, cfg.column))
+        return islice(rows, cfg.max_documents)
+
+    return texts(files.train), texts(files.val) if files.val else None
+
+
+def splits_of_hub(cfg: DataConfig, path: str) -> tuple[Texts, Texts | None]:
+    """The same of a data set on the hub, or in the cache if the hub cannot be reached."""
+    offline = not hub_reachable()
     if offline:
         from huggingface_hub import constants
 
@@ -165,100 +197,37 @@ def read_dataset(cfg: DataConfig, path: str, files: list[Path]) -> Iterator[Docu
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below
-    source: dict[str, Any] = {"path": path, "name": cfg.subset}
     try:
-        if files:
-            kind = KINDS[files[0].suffix.lower()]
-            source = {"path": kind, "data_files": [glob.escape(str(f)) for f in files]}
-            source |= options_of(kind, files, cfg)
-        splits = datasets.load_dataset(**source, streaming=cfg.streaming)
-        val = next((name for name in ("validation", "test") if name in splits), None)
-        if "train" not in splits:
-            raise DataError(f"data.path={path}: no split `train`; it has {', '.join(splits)}")
-        train = texts_of(splits["train"], cfg)
-        if val is None:
-            yield from interleave(train)
-        else:
-            yield from (("train", text) for text in train)
-            yield from (("val", text) for text in texts_of(splits[val], cfg))
-    except UserError:
-        raise
+        splits = datasets.load_dataset(path, cfg.subset, streaming=cfg.streaming)
     except Exception as error:  # the library raises many kinds for what it cannot read
         if offline and isinstance(error, ConnectionError | FileNotFoundError):
             raise MissingInput(
                 f"data.path={path}: no such file, and the hub cannot be reached; give local "
                 "jsonl, parquet, csv or text files, or use data=pydoc"
             ) from error
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        raise DataError(f"data.path={path}: {reason}") from error
+        raise unreadable(path, error) from error
+    if "train" not in splits:
+        raise DataError(f"data.path={path}: no split `train`; it has {', '.join(splits)}")
+    val = next((name for name in ("validation", "test") if name in splits), None)
+
+    def texts(rows: Any) -> Texts:
+        try:
+            for i, row in enumerate(islice(rows, cfg.max_documents)):
+                if i == 0:
+                    check_column(cfg.column, path, list(row))
+                yield checked(row.get(cfg.column), cfg.column, f"data.path={path}: row {i + 1}")
+        except UserError:
+            raise
+        except Exception as error:
+            raise unreadable(path, error) from error
+
+    return texts(splits["train"]), texts(splits[val]) if val else None
 
 
-def options_of(kind: str, files: list[Path], cfg: DataConfig) -> dict[str, Any]:
-    """Options with which `datasets` leaves texts as they are written."""
-    from datasets import Features, Value
-
-    if kind == "text":
-        return {"sample_by": "paragraph"}  # otherwise every line is a document
-    if kind != "csv":
-        return {}
-    for file in files:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            check_column(cfg, next(csv.reader(lines), []))
-    # Otherwise 00001 becomes 1, and NA becomes a missing value.
-    return {"features": Features({cfg.column: Value("string")}), "keep_default_na": False}
-
-
-def texts_of(rows: Any, cfg: DataConfig) -> Iterator[str]:
-    """The column's texts, at most max_documents; a row without text is skipped."""
-    for i, row in enumerate(rows):
-        if i == cfg.max_documents:
-            return
-        check_column(cfg, row)
-        text = row[cfg.column]
-        if not isinstance(text, str | None):
-            raise DataError(
-                f"data.column={cfg.column}: {cfg.path} has values of type {type(text).__name__} "
-                "there; expected text"
-            )
-        if text:
-            yield text
-
-
-def check_column(cfg: DataConfig, columns: Iterable[str]) -> None:
-    if cfg.column not in columns:
-        raise ConfigError(
-            f"data.column={cfg.column}: {cfg.path} has {', '.join(columns)}"
-            + nearest(cfg.column, columns)
-        )
-
-
-def local_files(path: str) -> list[Path]:
-    """The data files that `path` names: a file, a folder, a glob, or several, with commas between.
-
-    Empty if `path` can only be a name on the hub. Raises UserError if a part of it is missing, if a
-    file is of a kind that cannot be read, or if the files are of several kinds.
-    """
-    files: list[Path] = []
-    missing: list[str] = []
-    for part in [path] if Path(path).exists() else path.split(","):
-        found = [Path(part)]
-        if not found[0].exists():
-            found = [Path(p) for p in sorted(glob.glob(part))] or found
-        if found[0].is_dir():
-            found = sorted(f for f in found[0].rglob("*") if f.suffix.lower() in KINDS)
-        found = [f for f in found if f.is_file()]
-        files += found
-        missing += [] if found else [part]
-    if missing and (files or len(missing) > 1):
-        raise MissingInput(f"data.path={path}: no such file: {', '.join(missing)}")
-    kinds = sorted({f.suffix.lower() for f in files})
-    if len(kinds) > 1 or not set(kinds) <= set(KINDS):
-        raise DataError(
-            f"data.path={path}: files of {', '.join(k or 'no suffix' for k in kinds)}; expected "
-            f"one kind of {', '.join(KINDS)}"
-        )
-    return files
+def unreadable(path: str, error: Exception) -> DataError:
+    cause = error.__cause__ or error
+    reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+    return DataError(f"data.path={path}: {reason}")
 
 
 def hub_reachable(timeout: float = 0.5) -> bool:
@@ -283,8 +252,12 @@ def hub_reachable(timeout: float = 0.5) -> bool:
 
 
 def file_key(files: list[Path]) -> str:
-    """A hash of names, sizes and times, so that files need not be read."""
-    return digest(*(f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files))
+    """A hash of names, sizes and times, so that files need not be read. The change time is among
+    them: unlike the modification time, no program can set it back."""
+    stats = ((file.resolve(), file.stat()) for file in files)
+    return digest(
+        *(f"{p} {s.st_size} {s.st_ino} {s.st_mtime_ns} {s.st_ctime_ns}" for p, s in stats)
+    )
 
 
 def slug(name: str) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BPE_VOCAB = 1024
+MAX_VOCAB = 1_000_000  # tokens that a tokenizer's file may have
 BPE_CHARACTERS = 20_000_000  # a BPE is trained on at most this much text
 # GPT-2's split of text into words: contractions, letters, digits, the rest, white space. Unlike in
 # GPT-2, a word ends after 128 characters, because merging takes time quadratic in its length.
@@ -128,11 +129,19 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, path: Path) -> None:
 def load_tokenizer(path: Path | str) -> tiktoken.Encoding:
     content = read_json(Path(path))
     try:
-        if content["name"] == "gpt2":
+        name = content["name"]
+        if name == "gpt2":
             return gpt2()
-        return from_ranks(content["name"], tuple(base64.b64decode(t) for t in content["ranks"]))
+        ranks = tuple(base64.b64decode(token, validate=True) for token in content["ranks"])
+        if not isinstance(name, str) or ranks[:256] != tuple(byte_ranks()):
+            raise ValueError("its first 256 tokens are not the bytes")
+        if len(set(ranks)) != len(ranks) or not all(ranks):
+            raise ValueError("a token is empty or occurs twice")
+        if len(ranks) > MAX_VOCAB:
+            raise ValueError(f"more than {MAX_VOCAB:,} tokens")
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a tokenizer ({error!r})") from error
+        raise DataError(f"{path}: not a tokenizer ({error}); restore it") from error
+    return from_ranks(name, ranks)
 
 
 def fingerprint(tokenizer: tiktoken.Encoding) -> str:

@@ -2,7 +2,8 @@
 
 A corpus is tokenized once into `data/NAME-TOKENIZER-KEY/{train,val}.bin`. A token file is 1024
 bytes of header (a magic word, JSON, padded with spaces: `head -c 1024` shows it) and then the
-tokens as little-endian uint16 or uint32, read through a memory map.
+tokens as little-endian uint16 or uint32, read through a memory map. `manifest.json` has a checksum
+of each file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,11 @@ import tiktoken
 from filelock import FileLock
 
 from gpt.common.errors import DataError
+from gpt.common.files import read_json, write_atomically, xxh3
 from gpt.common.places import data_root
 from gpt.common.terminal import say
 from gpt.config import Config
-from gpt.data.corpus import Corpus, digest, open_corpus
+from gpt.data.corpus import Corpus, digest, file_key, open_corpus
 from gpt.data.tokenizer import (
     fingerprint,
     load_tokenizer,
@@ -34,7 +37,8 @@ from gpt.data.tokenizer import (
 
 MAGIC = b"gpt-norms tokens 1\n"
 HEADER_BYTES = 1024
-FORMAT = "2"  # part of a prepared folder's key: raise it when preparation changes
+FILES = ("train.bin", "val.bin", "tokenizer.json")
+FORMAT = "3"  # part of a prepared folder's key: raise it when preparation changes
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Header:
     tokenizer       the tokenizer's name
     fingerprint     the tokenizer's fingerprint
     corpus_sha256   SHA-256 of the corpus's text, both splits
+    left_out        what the corpus does not contain, and how often: {"hidden files": 2}
     """
 
     dtype: str
@@ -55,6 +60,7 @@ class Header:
     tokenizer: str
     fingerprint: str
     corpus_sha256: str
+    left_out: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def prepare(cfg: Config) -> Data:
     """The prepared corpus of `cfg`, which is prepared now if it is missing.
 
     Only one process prepares a folder, and the other processes wait. The folder appears complete or
-    not at all.
+    not at all. Its checksums are verified when a process first reads it.
     """
     corpus = open_corpus(cfg.data)
     key = digest(FORMAT, corpus.key, cfg.tokenizer)[:12]
@@ -97,6 +103,7 @@ def prepare(cfg: Config) -> Data:
                     os.replace(temporary, folder)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)  # left by an error
+    verify(folder, file_key([folder / name for name in (*FILES, "manifest.json")]))
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     train, val = (open_tokens(folder / f"{split}.bin") for split in ("train", "val"))
     for tokens in (train, val):
@@ -111,7 +118,19 @@ def prepare(cfg: Config) -> Data:
 
 
 def is_complete(folder: Path) -> bool:
-    return all((folder / name).exists() for name in ("train.bin", "val.bin", "tokenizer.json"))
+    return all((folder / name).exists() for name in (*FILES, "manifest.json"))
+
+
+@lru_cache(maxsize=64)
+def verify(folder: Path, _: str) -> None:
+    """Raise DataError if a file differs from the manifest. A process checks a folder once, or again
+    if its files' sizes or times have changed."""
+    manifest = read_json(folder / "manifest.json")
+    for name in FILES:
+        if xxh3(folder / name) != manifest.get(name):
+            raise DataError(
+                f"{folder / name}: damaged or changed; delete {folder} to prepare it anew"
+            )
 
 
 def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
@@ -144,6 +163,7 @@ def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
                 tokenizer=tokenizer.name,
                 fingerprint=fingerprint(tokenizer),
                 corpus_sha256=sha256.hexdigest(),
+                left_out={what: n for what, n in corpus.left_out.items() if n},
             )
             content = MAGIC + json.dumps(asdict(header)).encode()
             file.seek(0)
@@ -151,6 +171,8 @@ def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     save_tokenizer(tokenizer, folder / "tokenizer.json")
+    manifest = {name: xxh3(folder / name) for name in FILES}
+    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def open_tokens(path: Path) -> Tokens:
@@ -161,6 +183,8 @@ def open_tokens(path: Path) -> Tokens:
         raise DataError(f"{path}: not a token file of this version; delete its folder")
     try:
         header = Header(**json.loads(head[len(MAGIC) :]))
+        if header.dtype not in ("<u2", "<u4"):
+            raise ValueError(header.dtype)
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: its header is damaged; delete its folder") from error
     size = HEADER_BYTES + header.n_tokens * np.dtype(header.dtype).itemsize

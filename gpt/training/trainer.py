@@ -313,6 +313,9 @@ def introduce(run: Run, model: GPT) -> None:
         f"{parameters:,} parameters, {header.n_bytes:,} bytes of {cfg.data.name} to train on as "
         f"{header.n_tokens:,} {header.tokenizer} tokens of {header.vocab_size}"
     )
+    if header.left_out:
+        counts = ", ".join(f"{what} ({n})" for what, n in header.left_out.items())
+        run.screen.say(f"left out of the text: {counts}", style="yellow")
     if cfg.optim.warmup_steps > cfg.train.steps:
         run.screen.say(
             f"optim.warmup_steps={cfg.optim.warmup_steps}: the run ends before optim.lr is reached"
