@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from gpt.common.errors import ConfigError, DataError, nearest
-from gpt.common.files import write_atomically
+from gpt.common.files import flatten, write_atomically
 from gpt.common.places import CONFIGS
 from gpt.formula import calculate
 
@@ -31,6 +31,7 @@ MLP_SLOTS = ("in", "mid", "out", "after")
 INIT = ("from", "swap_norm")
 WEIGHTS = ("q", "k", "v", "o", "fc1", "fc2")
 TOKENIZERS = ("bpe", "bytes", "gpt2")
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # what a damaged yaml file raises
 
 
 def check(ok: bool, key: str, got: Any, expected: str) -> None:
@@ -59,7 +60,11 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_positive("model", {k: v for k, v in asdict(self).items() if k != "dropout"})
+        for key, most in (
+            ("n_layer", 10_000), ("n_head", 10_000), ("n_embd", 1 << 20), ("block_size", 1 << 24),
+        ):  # fmt: skip
+            value = getattr(self, key)
+            check(1 <= value <= most, f"model.{key}", value, f"an integer from 1 to {most:,}")
         check(
             self.n_embd % self.n_head == 0,
             "model.n_embd",
@@ -329,13 +334,30 @@ def no_interpolation(text: str) -> str:
     return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
 
 
+def read_yaml(path: Path) -> Any:
+    """A small YAML file of plain values."""
+    content = path.read_bytes()
+    if len(content) > 1 << 20:
+        raise ValueError("longer than 1 MiB")
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
+        raise ValueError("it has an alias")
+    values = yaml.safe_load(content)
+    if not isinstance(values, dict):
+        raise ValueError("not a mapping")
+    for key, value in flatten(values, ".").items():
+        if isinstance(value, str) and re.search(r"(?<!\\)(\\\\)*\$\{", value):
+            raise ValueError(f"{key} has an interpolation")
+    return values
+
+
 def load_config(path: Path) -> Config:
-    """The `Config` of a run directory's `config.yaml`."""
+    """The `Config` of a run directory's `config.yaml`. It may come from anyone: aliases, which can
+    expand without bound, and interpolations, which can read the environment, are refused."""
     try:
-        raw = OmegaConf.load(path)
+        raw = OmegaConf.create(read_yaml(path))
         if OmegaConf.select(raw, "placement.head") is not None:  # now placement.final_norm
             raise DataError(f"{path}: from an earlier version of gpt-norms; train it again")
         return typed(OmegaConf.merge(OmegaConf.structured(Config), raw))
-    except (ConfigError, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (ConfigError, OmegaConfBaseException, *UNREADABLE) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: damaged ({reason}); restore it or use another run_dir") from error

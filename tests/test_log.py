@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from gpt.common.files import sha256
 from gpt.config import Config
 from gpt.training.log import RunLog, Wandb, read_jsonl, to_json, write_atomically
 from tests.tools.configs import curve, mostly_long, overrides
@@ -27,15 +28,18 @@ def test_rows_after_the_checkpoint_are_dropped_on_resume(
 ) -> None:
     rows = [{"step": i, "loss": 0.1 * i} for i in range(6)]
     text = "".join(json.dumps(r) + "\n" for r in rows)
-    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 6, "lo')  # killed while writing
-    RunLog(tmp_path, config(), keep_until=3).close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows[:4]))
+    counted = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    path.write_text(text + '{"step": 6, "lo')  # killed while writing
+    RunLog(tmp_path, config(), {"metrics.jsonl": counted}).close()
     assert read_jsonl(tmp_path / "metrics.jsonl") == rows[:4]
 
 
 def test_a_row_is_in_its_file_as_soon_as_it_is_logged(
     config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    log = RunLog(tmp_path, config(), keep_until=-1)
+    log = RunLog(tmp_path, config(), {})
     log.metrics(1, loss=2.0)
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
     log.close()
@@ -84,7 +88,7 @@ def wandb_run(corpus: Path, run_dir: Path, *extra: str, **env: str) -> subproces
 def test_a_warning_of_each_step_is_not_told_each_time(
     config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    log = RunLog(tmp_path, config("wandb.mode=offline"), keep_until=-1)
+    log = RunLog(tmp_path, config("wandb.mode=offline"), {})
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("default")
         for step in range(9):
@@ -112,7 +116,7 @@ def test_what_wandb_is_told(config: Callable[..., Config], tmp_path: Path) -> No
     cfg.norm["module"] = "/home/me/mine.py"
     run_dir = tmp_path / "a-sweep" / "cell"
     run_dir.mkdir(parents=True)
-    log = RunLog(run_dir, cfg, keep_until=-1)
+    log = RunLog(run_dir, cfg, {})
     told = log.wandb.run
     assert told.group == "a-sweep"
     assert told.job_type == "train"
@@ -145,7 +149,9 @@ def test_what_an_offline_run_told_before_it_was_killed_is_told_again_unless_it_w
         (left / "run.wandb.synced").touch()  # as `wandb sync` leaves it
     rows = [{"step": i, "loss": 2.0} for i in range(1, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = RunLog(tmp_path, config("wandb.mode=offline"), keep_until=3)
+    path = tmp_path / "metrics.jsonl"
+    counted = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    log = RunLog(tmp_path, config("wandb.mode=offline"), {"metrics.jsonl": counted})
     told = dict(log.wandb.run.summary)
     log.close()
     sys.modules["wandb"].teardown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: line {number} is damaged; restore or remove it") from error
     return rows
 
@@ -44,8 +45,28 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_bytes()))
     except FileNotFoundError as error:
         raise MissingInput(f"{path}: no such file") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: damaged ({error}); restore or remove it") from error
+
+
+def write_manifest(path: Path, names: Iterable[str]) -> None:
+    """Write to `path` the SHA-256 of each of the files `names` beside it."""
+    write_json(path, {name: sha256(path.parent / name) for name in names})
+
+
+def changed(path: Path, required: Iterable[str]) -> list[str]:
+    """The files that differ from the manifest at `path` or are missing. It must list `required`."""
+    manifest = read_json(path)
+    beside = {name: path.parent / name for name in dict.fromkeys([*required, *manifest])}
+    return [
+        name
+        for name, file in beside.items()
+        if not file.is_file() or sha256(file) != manifest.get(name)
+    ]
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def sha256(path: Path) -> str:

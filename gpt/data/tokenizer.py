@@ -132,13 +132,13 @@ def load_tokenizer(path: Path | str) -> tiktoken.Encoding:
         name = content["name"]
         if name == "gpt2":
             return gpt2()
+        if len(content["ranks"]) > MAX_VOCAB:
+            raise ValueError(f"more than {MAX_VOCAB:,} tokens")
         ranks = tuple(base64.b64decode(token, validate=True) for token in content["ranks"])
         if not isinstance(name, str) or ranks[:256] != tuple(byte_ranks()):
             raise ValueError("its first 256 tokens are not the bytes")
         if len(set(ranks)) != len(ranks) or not all(ranks):
             raise ValueError("a token is empty or occurs twice")
-        if len(ranks) > MAX_VOCAB:
-            raise ValueError(f"more than {MAX_VOCAB:,} tokens")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a tokenizer ({error}); restore it") from error
     return from_ranks(name, ranks)

@@ -22,7 +22,7 @@ import tiktoken
 from filelock import FileLock
 
 from gpt.common.errors import DataError
-from gpt.common.files import read_json, write_atomically, xxh3
+from gpt.common.files import read_json, write_json, xxh3
 from gpt.common.places import data_root
 from gpt.common.terminal import say
 from gpt.config import Config
@@ -172,7 +172,7 @@ def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
             os.fsync(file.fileno())
     save_tokenizer(tokenizer, folder / "tokenizer.json")
     manifest = {name: xxh3(folder / name) for name in FILES}
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_json(folder / "manifest.json", manifest)
 
 
 def open_tokens(path: Path) -> Tokens:

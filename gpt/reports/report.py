@@ -32,6 +32,8 @@ def report(*folders: Path | str, baseline: str | None = None) -> list[Path]:
     again = len(runs) - sum(len(cell.runs) for cell in cells)
     notes = [f"Unfinished runs left out: {left}."] if left else []
     notes += [f"Runs with the settings and seed of another run left out: {again}."] if again else []
+    if altered := [f"{run.dir.name} ({', '.join(run.changed)})" for run in runs if run.changed]:
+        notes.append(f"Runs whose files have changed since they finished: {'; '.join(altered)}.")
     for note in notes:
         say(note)
     title = " and ".join(str(path) for path in paths)

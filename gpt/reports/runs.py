@@ -13,8 +13,8 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from gpt.common.errors import DataError
-from gpt.common.files import flatten, read_json, read_jsonl
+from gpt.common.errors import DataError, UserError
+from gpt.common.files import changed, flatten, read_json, read_jsonl
 from gpt.common.terminal import show
 from gpt.probes.verdict import marked
 
@@ -33,11 +33,13 @@ class FinishedRun:
 
     summary  `summary.json`
     config   `config.yaml`, with dotted keys; empty if the file is gone
+    changed  the files that are not as the finished run left them
     """
 
     dir: Path
     summary: dict[str, Any]
     config: dict[str, Any]
+    changed: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -76,13 +78,23 @@ def load_runs(*folders: Path) -> list[FinishedRun]:
         summary = read_json(path)
         if "norm" not in summary:
             raise DataError(f"{path}: not a run's summary; remove the run")
-        runs.append(FinishedRun(path.parent, summary, read_config(path.parent)))
+        runs.append(
+            FinishedRun(path.parent, summary, read_config(path.parent), changes(path.parent))
+        )
 
     def rank(run: FinishedRun) -> tuple[bool, bool, float]:
         sees = bool(run.summary.get("sees_in_evaluation"))
         return run.diverged, sees, run.summary.get("val_bpb") or math.inf
 
     return sorted(runs, key=rank)
+
+
+def changes(run_dir: Path) -> tuple[str, ...]:
+    """The files of a finished run that differ from what its DONE lists."""
+    try:
+        return tuple(changed(run_dir / "DONE", ("config.yaml", "metrics.jsonl", "summary.json")))
+    except UserError:
+        return ("DONE",)
 
 
 def unfinished(*folders: Path) -> int:

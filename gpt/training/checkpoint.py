@@ -7,23 +7,23 @@ reveals a bit that flipped later. Nothing is pickled.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gpt.common.errors import DataError, MissingInput, UserError
-from gpt.common.files import read_json, sha256, sync
+from gpt.common.files import changed, read_json, sync, write_json, write_manifest
+from gpt.common.processes import rank, world_size
 from gpt.common.terminal import warn
 from gpt.config import load_config
-from gpt.data.tokenizer import load_tokenizer
+from gpt.data.tokenizer import fingerprint, load_tokenizer
 from gpt.model import GPT
 from gpt.placement import build_model
 
@@ -38,6 +38,7 @@ class TrainState:
     setting  what must be the same when a run resumes: its `sources` and its configuration, and the
              device and precision that `auto` chose
     memory   all buffers as they were before the current step; see `remember` in step.py
+    rows     the rows logged so far, {"metrics.jsonl": {"bytes": …, "sha256": …}, …}; see `RunLog`
     """
 
     step: int
@@ -45,6 +46,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     setting: dict[str, Any]
     memory: dict[str, Tensor]
+    rows: dict[str, Any] = field(default_factory=dict)
 
 
 def save(run_dir: Path, state: TrainState, keep: int) -> None:
@@ -62,10 +64,9 @@ def save(run_dir: Path, state: TrainState, keep: int) -> None:
             save_file({k: v.contiguous() for k, v in group.items()}, path)
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error), str(path)) from error
-    progress = {"step": state.step, "setting": state.setting}
-    (temporary / "state.json").write_text(json.dumps(progress) + "\n")
-    manifest = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    progress = {"step": state.step, "setting": state.setting, "rows": state.rows}
+    write_json(temporary / "state.json", progress | {"processes": world_size()})
+    write_manifest(temporary / "manifest.json", FILES)
     for path in (*temporary.iterdir(), temporary):
         sync(path)
     shutil.rmtree(folder, ignore_errors=True)
@@ -88,7 +89,7 @@ def restore(run_dir: Path, state: TrainState) -> bool:
         if checkpoints(run_dir):
             raise DataError(f"{run_dir}/checkpoints: no checkpoint is intact; use another run_dir")
         return False
-    progress = read_json(folder / "state.json")
+    progress = read_progress(folder)
     for key, here in state.setting.items():
         there = progress["setting"].get(key)
         if None not in (there, here) and there != here:  # None: init.from's run is gone
@@ -96,11 +97,29 @@ def restore(run_dir: Path, state: TrainState) -> bool:
                 f"{folder}: its {key} was {there} and is now {here}; restore the former or use "
                 "another run_dir"
             )
-    state.step = progress["step"]
+    if progress["processes"] != world_size() and rank() == 0:
+        warn(
+            f"{run_dir} ran on {progress['processes']} processes and resumes on {world_size()}; "
+            "its losses will differ by rounding, and by dropout if there is any"
+        )
+    state.step, state.rows = progress["step"], progress["rows"]
     state.setting |= progress["setting"]  # keeps the hash of init.from's run if that is gone
     load_weights(state.model, folder)
-    load_optimizer(state.model, state.optimizer, load_file(folder / "optimizer.safetensors"))
+    load_optimizer(state.model, state.optimizer, folder)
     return True
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """The checked content of a checkpoint's `state.json`."""
+    path = folder / "state.json"
+    progress = read_json(path)
+    kinds = {"step": int, "setting": dict, "rows": dict, "processes": int}
+    for key, kind in kinds.items():
+        if not isinstance(progress.get(key), kind):
+            raise DataError(f"{path}: no valid {key}; use another run_dir")
+    if f"step_{progress['step']}" != folder.name:
+        raise DataError(f"{path}: step {progress['step']}, in the folder {folder.name}")
+    return progress
 
 
 def load_model(
@@ -122,20 +141,42 @@ def load_model(
     folder = newest(run_dir, step)
     if folder is None:
         raise DataError(f"{run_dir}/checkpoints: no such checkpoint is intact")
+    cfg = load_config(run_dir / "config.yaml")
     tokenizer = load_tokenizer(run_dir / "tokenizer.json")
-    model = build_model(load_config(run_dir / "config.yaml"), tokenizer.n_vocab)
+    setting = read_progress(folder)["setting"]
+    for name, now, key in (
+        ("config.yaml", cfg.hash(), "configuration"),
+        ("tokenizer.json", fingerprint(tokenizer), "tokenizer"),
+    ):
+        if setting.get(key) != now:
+            raise DataError(f"{run_dir}/{name}: not what {folder.name} was made with; restore it")
+    model = build_model(cfg, tokenizer.n_vocab)
     load_weights(model, folder)
     return model.to(device).eval()
 
 
 def load_weights(model: GPT, folder: Path) -> None:
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = load_tensors(folder / "model.safetensors", expected)
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise DataError(f"{folder}/model.safetensors: {missing[0]} is missing; restore it")
+    model.load_state_dict(tensors)
+
+
+def load_tensors(path: Path, expected: dict[str, list[int]]) -> dict[str, Tensor]:
+    """The tensors of a file, whose names and shapes must be among `expected`. These are compared
+    before anything is loaded."""
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except RuntimeError as error:  # other names or shapes
-        raise DataError(
-            f"{folder}: its weights do not fit the model of config.yaml and tokenizer.json, or a "
-            "norm has changed since; restore the files that belong together"
-        ) from error
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        if not found.items() <= expected.items():
+            raise DataError(
+                f"{path}: it does not fit the model of config.yaml and tokenizer.json, or a norm "
+                "has changed since; restore the files that belong together"
+            )
+        return load_file(path)
+    except SafetensorError as error:
+        raise DataError(f"{path}: damaged ({error})") from error
 
 
 def newest(run_dir: Path, step: int | None = None) -> Path | None:
@@ -153,8 +194,7 @@ def checkpoints(run_dir: Path, step: int | None = None) -> list[Path]:
 def is_valid(folder: Path) -> bool:
     """Whether every file matches the manifest; a warning names those that do not."""
     try:
-        manifest = read_json(folder / "manifest.json")
-        damaged = [name for name in FILES if sha256(folder / name) != manifest.get(name)]
+        damaged = changed(folder / "manifest.json", FILES)
     except (OSError, UserError) as error:
         damaged = [str(error)]
     if damaged:
@@ -171,13 +211,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    expected: dict[str, list[int]] = {}
+    for parameter, name in names.items():
+        shape = list(parameter.shape)
+        expected |= {f"{name}/exp_avg": shape, f"{name}/exp_avg_sq": shape, f"{name}/step": []}
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    for key, value in load_tensors(folder / "optimizer.safetensors", expected).items():
         name, _, entry = key.rpartition("/")
         state.setdefault(ordered.index(name), {})[entry] = value
     groups = optimizer.state_dict()["param_groups"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -43,33 +44,24 @@ def finite(value: Any) -> Any:
 class RunLog:
     """Appends to `metrics.jsonl` and `stats.jsonl` of a run, and mirrors them to wandb.
 
-    A resumed run drops the rows after `keep_until`, its checkpoint's step, and writes them again.
-    Only the first process of a run writes.
+    A resumed run keeps the rows that its checkpoint counts, and drops those after them, which it
+    writes again. Only the first process of a run writes.
+
+    rows  the bytes and the SHA-256 of each file at the checkpoint; {} for a new run
     """
 
-    def __init__(self, run_dir: Path, cfg: Config, keep_until: int) -> None:
+    def __init__(self, run_dir: Path, cfg: Config, rows: dict[str, Any]) -> None:
         self.run_dir = run_dir
-        self.files: dict[str, TextIO] = {}
+        self.files: dict[str, RowFile] = {}
         if rank() > 0:
             self.wandb = Wandb(run_dir, cfg)
             return
-        kept = {}
-        for name in ("metrics.jsonl", "stats.jsonl"):
-            rows = [row for row in read_jsonl(run_dir / name) if row.get("step", 0) <= keep_until]
-            write_atomically(run_dir / name, "".join(to_json(row) + "\n" for row in rows))
-            kept[name] = rows
-        trained = {row["step"] for row in kept["metrics.jsonl"] if "loss" in row and "step" in row}
-        if len(trained) < keep_until:
-            raise DataError(
-                f"{run_dir}/metrics.jsonl: {keep_until - len(trained)} of the {keep_until} steps "
-                "before the checkpoint are gone; restore it or use another run_dir"
-            )
+        paths = {name: run_dir / f"{name}.jsonl" for name in ("metrics", "stats")}
+        for path in paths.values():
+            keep(path, **rows.get(path.name, {}))
         self.wandb = Wandb(run_dir, cfg)
-        self.wandb.catch_up(kept["metrics.jsonl"], kept["stats.jsonl"])
-        self.files = {
-            name: (run_dir / f"{name}.jsonl").open("a", encoding="utf-8")
-            for name in ("metrics", "stats")
-        }
+        self.wandb.catch_up(read_jsonl(paths["metrics"]), read_jsonl(paths["stats"]))
+        self.files = {name: RowFile(path) for name, path in paths.items()}
 
     def metrics(self, step: int, **values: float) -> None:
         self.write("metrics", {"step": step, **values})
@@ -92,17 +84,47 @@ class RunLog:
     def write(self, name: str, row: dict[str, Any]) -> None:
         if name in self.files:
             self.files[name].write(to_json(row) + "\n")
-            self.files[name].flush()
 
-    def sync(self) -> None:
-        """Flush to the disk: a checkpoint must not outlive the rows before it."""
-        for file in self.files.values():
-            os.fsync(file.fileno())
+    def sync(self) -> dict[str, Any]:
+        """Flush to the disk, because a checkpoint must not outlive the rows before it. Returns what
+        `__init__` takes as `rows`."""
+        return {f"{name}.jsonl": file.sync() for name, file in self.files.items()}
 
     def close(self) -> None:
         for file in self.files.values():
             file.close()
         self.wandb.finish()
+
+
+class RowFile:
+    """A file that rows are appended to, and the SHA-256 of all that is in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.digest = hashlib.sha256(path.read_bytes())
+        self.file = path.open("ab")
+
+    def write(self, line: str) -> None:
+        self.file.write(line.encode())
+        self.file.flush()
+        self.digest.update(line.encode())
+
+    def sync(self) -> dict[str, Any]:
+        os.fsync(self.file.fileno())
+        return {"bytes": self.file.tell(), "sha256": self.digest.hexdigest()}
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def keep(path: Path, bytes: int = 0, sha256: str | None = None) -> None:
+    """Cut the file after `bytes`. Raises DataError if it is shorter, or does not have that hash."""
+    content = path.read_bytes()[:bytes] if path.exists() else b""
+    if len(content) < bytes or (bytes and hashlib.sha256(content).hexdigest() != sha256):
+        raise DataError(
+            f"{path}: changed or shortened since the checkpoint was written; restore it, or use "
+            "another run_dir"
+        )
+    write_atomically(path, content.decode())
 
 
 class Wandb:

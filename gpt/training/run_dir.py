@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from gpt.common.errors import ConfigError, Locked
-from gpt.common.files import flatten
+from gpt.common.files import flatten, write_manifest
 from gpt.config import Config, load_config
+
+RESULTS = ("config.yaml", "tokenizer.json", "metrics.jsonl", "stats.jsonl", "summary.json")
 
 
 @contextmanager
@@ -26,6 +27,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 
     A run that is refused before it starts leaves nothing behind.
     """
+    refuse_foreign_folder(run_dir)
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     holder = run_dir / ".holder"
     try:
@@ -35,12 +38,33 @@ def locked(run_dir: Path) -> Iterator[None]:
                 yield
             finally:
                 if {path.name for path in run_dir.iterdir()} <= {".lock", ".holder"}:
-                    shutil.rmtree(run_dir, ignore_errors=True)
+                    for name in (".lock", ".holder"):
+                        (run_dir / name).unlink(missing_ok=True)
+                    with suppress(OSError):  # another process has begun something there
+                        for path in made:
+                            path.rmdir()
     except Timeout as error:
         by = holder.read_text() if holder.exists() else "another process"
         raise Locked(
             f"run_dir={run_dir}: {by} is training there; wait or use another run_dir"
         ) from error
+
+
+def refuse_foreign_folder(run_dir: Path) -> None:
+    """Raise ConfigError if `run_dir` has files, but is not a run: a run would overwrite some."""
+    if run_dir.is_dir() and not (run_dir / "config.yaml").exists():
+        names = sorted(path.name for path in run_dir.iterdir() if path.name[0] != ".")
+        if names:
+            shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            raise ConfigError(
+                f"run_dir={run_dir}: the folder has {shown} and no config.yaml, so it is not a "
+                "run; use a new or an empty folder"
+            )
+
+
+def mark_done(run_dir: Path) -> None:
+    """Write DONE, the SHA-256 of the files that a finished run leaves to read."""
+    write_manifest(run_dir / "DONE", RESULTS)
 
 
 def refuse_another_configuration(run_dir: Path, cfg: Config) -> None:

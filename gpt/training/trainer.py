@@ -24,7 +24,7 @@ from gpt.common.device import (
     resolve_device,
 )
 from gpt.common.errors import ConfigError, DataError, Diverged
-from gpt.common.files import read_json, read_jsonl, sha256, write_atomically
+from gpt.common.files import changed, read_json, read_jsonl, sha256
 from gpt.common.processes import (
     on_any_process,
     processes,
@@ -49,7 +49,12 @@ from gpt.training.checkpoint import TrainState
 from gpt.training.evaluation import evaluate
 from gpt.training.log import RunLog
 from gpt.training.optimizer import make_optimizer
-from gpt.training.run_dir import locked, refuse_another_configuration, stop_signals
+from gpt.training.run_dir import (
+    locked,
+    mark_done,
+    refuse_another_configuration,
+    stop_signals,
+)
 from gpt.training.screen import Screen
 from gpt.training.step import Row, first_not_finite, is_finite, read, update, where_not_finite
 from gpt.training.warm_start import source_sha256, transplant
@@ -105,7 +110,7 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
         introduce(run, state.model)
         if line:
             screen.say(line, style="green")
-        log = RunLog(run_dir, cfg, keep_until=state.step if resumed else -1)
+        log = RunLog(run_dir, cfg, state.rows)
         try:
             run_steps(run, state, log)
             if rank() > 0:
@@ -114,11 +119,11 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
             log.sample(state.step, sample)
             summary = summarise(run, state)
             log.summary(summary)
-            write_atomically(run_dir / "DONE", cfg.hash() + "\n")
+            mark_done(run_dir)
         except Diverged:
             if rank() == 0:
                 log.summary(summarise(run, state) | {"diverged_at": state.step})
-                write_atomically(run_dir / "DONE", cfg.hash() + "\n")
+                mark_done(run_dir)
             wait_for_all()  # when one process ends, torchrun ends the others
             raise
         finally:
@@ -136,6 +141,11 @@ def sample_text(run: Run, model: GPT) -> str:
 def finished(run_dir: Path, cfg: Config, data: Data, screen: Screen) -> dict[str, Any]:
     """The summary of a finished run. Raises an error if its configuration or its `sources` differ
     from this run's."""
+    if names := changed(run_dir / "DONE", ("config.yaml", "metrics.jsonl", "summary.json")):
+        raise DataError(
+            f"{run_dir}: {', '.join(names)} changed since the run finished; restore it, or use "
+            "another run_dir"
+        )
     summary = read_json(run_dir / "summary.json")
     if summary.get("config_hash") != cfg.hash():
         raise ConfigError(f"{run_dir} has finished with another configuration; use another run_dir")
@@ -229,8 +239,10 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
                 log.stats(step, stats.to_numbers(record))
             if evaluating:
                 evaluate_and_log(run, state, log, val)
+            if saving:
+                refuse_not_finite(state)
             if saving and rank() == 0:
-                log.sync()
+                state.rows = log.sync()
                 checkpoint.save(run.dir, state, t.keep_checkpoints)
             if stopping:
                 break
@@ -238,6 +250,14 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
         if on_any_process(bool(signals)):  # all wait until the first has saved
             run.screen.say(f"stopped at step {state.step}; the same command resumes there")
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+
+
+def refuse_not_finite(state: TrainState) -> None:
+    """Raise Diverged if a weight or a buffer is not finite, such as a running variance: the losses
+    do not show it while training uses the batch's own."""
+    for name, tensor in state.model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise Diverged(f"diverged at step {state.step}: {name} is not finite. {ADVICE}")
 
 
 def wrap(model: GPT, cfg: Config) -> tuple[nn.Module, nn.Module]:

@@ -28,11 +28,4 @@ done
 python scripts/report.py runs/warmup baseline=optim.warmup_steps=40
 python scripts/study/one_sample.py runs/norms
 
-# What the report reads of all these runs but their statistics: a small archive to keep.
-packed=$(mktemp -d)
-for run in runs/norms/*/ runs/depth/*/ runs/others/*/ runs/warmup/*/ runs/longer/*/; do
-    mkdir -p "$packed/$run"
-    cp "$run/config.yaml" "$run/summary.json" "$run/DONE" "$packed/$run"
-    grep val_loss "$run/metrics.jsonl" > "$packed/$run/metrics.jsonl"
-done
-tar -cJf scripts/study/runs.tar.xz -C "$packed" runs
+python scripts/study/pack.py

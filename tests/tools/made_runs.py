@@ -7,6 +7,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from gpt.common.files import write_manifest
+
 
 def summary(
     folder: Path,
@@ -36,3 +38,5 @@ def summary(
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     moments = {"after": {"rms": 1.0, "kurtosis": 3.0}}
     (run / "stats.jsonl").write_text(json.dumps({"step": 1, "residual": {"embd": moments}}) + "\n")
+    names = ("config.yaml", "metrics.jsonl", "stats.jsonl", "summary.json")
+    write_manifest(run / "DONE", names)
