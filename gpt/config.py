@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt.common.errors import ConfigError, DataError, nearest
 from gpt.common.files import flatten, write_atomically
-from gpt.common.places import CONFIGS
+from gpt.common.places import CONFIGS, home
 from gpt.formula import calculate
 
 ATTN_SLOTS = ("in", "q", "k", "v", "mid", "out", "after")
@@ -150,6 +150,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_positive("train", {k: v for k, v in asdict(self).items() if k != "stats_every"})
+        for key in ("batch_size", "grad_accum"):
+            value = getattr(self, key)
+            check(value <= 1 << 20, f"train.{key}", value, f"at most {1 << 20:,}")
         check(self.stats_every >= 0, "train.stats_every", self.stats_every, "an integer >= 0")
 
 
@@ -194,6 +197,8 @@ class DataConfig:
                 )
         if self.name in ("text", "hf") and not self.path:
             raise ConfigError(f"data.path: not given; data={self.name} needs data.path=PATH")
+        if self.path:
+            self.path = ",".join(map(home, self.path.split(",")))
         if self.max_documents is not None:
             check_positive("data", {"max_documents": self.max_documents})
 
@@ -205,6 +210,14 @@ class WandbConfig:
 
     def __post_init__(self) -> None:
         check_choice("wandb.mode", self.mode, ("auto", "online", "offline", "disabled"))
+
+
+@dataclass
+class DistributedConfig:
+    timeout: float = 5.0
+
+    def __post_init__(self) -> None:
+        check(0 < self.timeout < math.inf, "distributed.timeout", self.timeout, "minutes > 0")
 
 
 @dataclass
@@ -231,6 +244,7 @@ class Config:
     optim: OptimConfig = MISSING
     data: DataConfig = MISSING
     wandb: WandbConfig = MISSING
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
@@ -244,10 +258,16 @@ class Config:
             check(value is None or isinstance(value, str), f"init.{key}", value, "text")
         if self.init["swap_norm"] and not self.init["from"]:
             raise ConfigError("init.swap_norm needs a trained run; add init.from=RUN_DIR")
+        if self.run_dir:
+            self.run_dir = home(self.run_dir)
+        for group, key in ((self.init, "from"), (self.norm, "module")):
+            if group.get(key):
+                group[key] = home(group[key])
 
     def identity(self) -> dict[str, Any]:
-        """The configuration without `run_dir` and `wandb`, which cannot change a result."""
-        return {k: v for k, v in asdict(self).items() if k not in ("run_dir", "wandb")}
+        """The configuration without what cannot change a result."""
+        without = ("run_dir", "wandb", "distributed")
+        return {k: v for k, v in asdict(self).items() if k not in without}
 
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
@@ -278,6 +298,8 @@ class SampleConfig:
         check(0 <= self.temperature < math.inf, "temperature", self.temperature, "a number >= 0")
         check(self.top_k >= 0, "top_k", self.top_k, "an integer >= 0")
         check_device(self.device)
+        self.run_dir = home(self.run_dir)
+        self.norm_module = self.norm_module and home(self.norm_module)
 
 
 def check_device(device: str) -> None:
@@ -305,9 +327,17 @@ def typed(raw: Any) -> Any:
     missing = sorted(OmegaConf.missing_keys(raw))
     if missing:
         raise ConfigError(f"{missing[0]}: not given; add {missing[0]}=VALUE to the command")
-    cfg = OmegaConf.to_object(raw)
+    cfg: Any = OmegaConf.to_object(raw)
     refuse_additions(raw, cfg)
+    for key, value in flatten(asdict(cfg), ".").items():
+        if isinstance(value, str) and not is_unicode(value):
+            raise ConfigError(f"{key}={value!a}: not UTF-8; give it a name that is")
     return cfg
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can encode it; bytes of a file name that are not UTF-8 become surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def refuse_additions(raw: Any, cfg: Any, prefix: str = "") -> None:

@@ -6,14 +6,16 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from gpt.common.errors import ConfigError
-from gpt.common.places import CONFIGS
+from gpt.common.places import CONFIGS, home
 from gpt.config import check_choice, no_interpolation
+
+PATHS = ("run_dir", "data.path", "init.from", "norm.module", "hydra.sweep.dir")
 
 
 def training_arguments(argv: list[str]) -> list[str]:
     """Prepare train.py's arguments for Hydra: quote paths, put `-m` first (argparse needs that),
     and put `++` before norm options that Hydra does not know."""
-    args = [literal(arg, "norm.module") for arg in argv]
+    args = [literal(at_home(arg), "norm.module") for arg in argv]
     multirun = {"-m", "--multirun"} & set(args)
     of_another = "norm=module" in args or any(a.startswith("init.swap_norm=") for a in args)
     added = ("norm.",) if of_another else ("norm.module=",)
@@ -21,6 +23,12 @@ def training_arguments(argv: list[str]) -> list[str]:
     if not multirun:
         args = [literal(arg, "data.path", "run_dir", "init.from") for arg in args]
     return [*multirun, *args]
+
+
+def at_home(arg: str) -> str:
+    """Expand ~ in a path or a list of paths: Hydra's grammar does not allow it."""
+    key, _, value = arg.partition("=")
+    return f"{key}={','.join(map(home, value.split(',')))}" if key in PATHS else arg
 
 
 def literal(arg: str, *keys: str) -> str:
@@ -59,7 +67,7 @@ def swap_norm(raw: DictConfig, overrides: list[str]) -> None:
             f"init.swap_norm={name}: for a norm of your own expected "
             f"init.swap_norm=module norm.module={raw.norm.module} norm.name={name}"
         )
-    check_choice("init.swap_norm", name, tuple(options))
+    check_choice("init.swap_norm", str(name), tuple(options))
     if "norm" in keys:
         raise ConfigError(f"init.swap_norm={name} already chooses the norm: leave out norm=…")
     given = {k: raw.norm[k[5:]] for k in keys if k.startswith("norm.")}

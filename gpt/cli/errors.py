@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
@@ -21,6 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from gpt.common.errors import (
     IO_ERROR,
+    NO_MEMORY,
     ConfigError,
     Diverged,
     MissingInput,
@@ -73,6 +75,7 @@ def run(app: Callable[[], None]) -> None:
     """Run a script's main function; an error becomes one line on stderr and an exit code."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises instead of printing
     argparse.ArgumentParser.error = refuse_usage  # type: ignore[assignment, method-assign]
+    open_streams()
     try:
         try:
             app()
@@ -84,6 +87,16 @@ def run(app: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         sys.exit(tell(error))
+
+
+def open_streams() -> None:
+    """Make stdout and stderr accept any text: they may be closed (`>&-`) or unable to encode it."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            with suppress(OSError):  # its number must not become that of a file of the run
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def refuse_usage(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -122,7 +135,16 @@ def explain(error: Exception) -> tuple[str, int | None]:
         where = "this machine has no srun; run it on a Slurm cluster"
         return f"hydra/launcher=submitit_slurm: {where}", MissingInput.exit_code
     if isinstance(error, OSError):
-        return f"{error.filename or 'file'}: {error.strerror or error}", IO_ERROR
+        number = "" if error.errno is None else f" (errno {error.errno})"
+        return f"{error.filename or 'output'}: {error.strerror or error}{number}", IO_ERROR
+    text = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
+        first = text.splitlines()[0].rpartition("] ")[2] if text else "no reason given"
+        hint = "use a smaller train.batch_size or model"
+        return f"out of memory: {first}; {hint}", NO_MEMORY
+    if "No working C++ compiler" in text:
+        hint = "install one or use compile=false"
+        return f"compile=true: no working C++ compiler; {hint}", MissingInput.exit_code
     return str(error), None
 
 

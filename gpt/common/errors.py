@@ -48,6 +48,7 @@ class ConfigError(UserError):
     exit_code = 78
 
 
+NO_MEMORY = 71  # the exit code if memory runs out
 IO_ERROR = 74  # the exit code of an OSError that reaches the command line: disk full, no permission
 
 

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import numpy as np
@@ -34,10 +35,11 @@ def rank() -> int:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[None]:
+def processes(device: str, timeout: float = 5) -> Iterator[None]:
     """Inside, the processes started by torchrun are connected; a single one changes nothing.
 
-    device  the run's `device` setting; on CUDA each process takes a device of its own
+    device   the run's `device` setting; on CUDA each process takes a device of its own
+    timeout  minutes after which a process that does not answer is given up
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -60,7 +62,7 @@ def processes(device: str) -> Iterator[None]:
                 f"{devices} processes, or use device=cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(minutes=timeout))
     signal.signal(signal.SIGTERM, leave_unless_failing)
     try:
         yield
@@ -68,12 +70,17 @@ def processes(device: str) -> Iterator[None]:
         # The frames hold the model's Reducer. As the group's last owner it would deadlock: it waits
         # for a gloo thread with the interpreter locked, and that thread waits for the interpreter.
         traceback.clear_frames(error.__traceback__)
-        if not isinstance(error, RuntimeError) or "onnection" not in str(error):  # gloo's, NCCL's
-            raise
-        raise ProcessLost(
-            "another process of this run has ended; the same command resumes the run, unless that "
-            "process reported another cause"
-        ) from error
+        if isinstance(error, RuntimeError) and "imed out" in str(error):
+            raise ProcessLost(
+                f"another process of this run did not answer for distributed.timeout={timeout:g} "
+                "minutes; the same command resumes the run"
+            ) from error
+        if isinstance(error, RuntimeError) and "onnection" in str(error):  # gloo's, NCCL's
+            raise ProcessLost(
+                "another process of this run has ended; the same command resumes the run, unless "
+                "that process reported another cause"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BPE_VOCAB = 1024
+# A long run of white space, except its last character. Python counts \x1c to \x1f, tiktoken not.
+SPACES = re.compile(r"[^\S\x1c-\x1f]{100000,}(?=[^\S\x1c-\x1f]\S)")
 MAX_VOCAB = 1_000_000  # tokens that a tokenizer's file may have
 BPE_CHARACTERS = 20_000_000  # a BPE is trained on at most this much text
 # GPT-2's split of text into words: contractions, letters, digits, the rest, white space. Unlike in
@@ -100,6 +104,18 @@ def byte_letters() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
+    """The tokens of a text, in which <|endoftext|> is text too.
+
+    GPT-2's pattern overflows tiktoken's stack on a million spaces before a letter. The text is cut
+    before the last of them, where the pattern would split it anyway.
+    """
+    if tokenizer.name != "gpt2":
+        return tokenizer.encode_ordinary(text)
+    cuts = [0, *(space.end() for space in SPACES.finditer(text)), len(text)]
+    return [t for a, b in pairwise(cuts) for t in tokenizer.encode_ordinary(text[a:b])]
 
 
 def separator(tokenizer: tiktoken.Encoding) -> list[int]:

@@ -22,12 +22,13 @@ import tiktoken
 from filelock import FileLock
 
 from gpt.common.errors import DataError
-from gpt.common.files import read_json, write_json, xxh3
+from gpt.common.files import naming, read_json, write_json, xxh3
 from gpt.common.places import data_root
 from gpt.common.terminal import say
 from gpt.config import Config
 from gpt.data.corpus import Corpus, digest, file_key, open_corpus
 from gpt.data.tokenizer import (
+    encode,
     fingerprint,
     load_tokenizer,
     make_tokenizer,
@@ -98,7 +99,8 @@ def prepare(cfg: Config) -> Data:
                 temporary = folder.with_name(f"{folder.name}.tmp")
                 shutil.rmtree(temporary, ignore_errors=True)  # left by a killed preparation
                 try:
-                    write_folder(corpus, cfg.tokenizer, temporary)
+                    with naming(temporary):
+                        write_folder(corpus, cfg.tokenizer, temporary)
                     shutil.rmtree(folder, ignore_errors=True)  # incomplete: a file was deleted
                     os.replace(temporary, folder)
                 finally:
@@ -150,7 +152,7 @@ def write_folder(corpus: Corpus, tokenizer_name: str, folder: Path) -> None:
         for split, text in corpus.documents():
             encoded = text.encode()
             sha256.update(encoded)
-            ids = np.array(tokenizer.encode_ordinary(text) + between, dtype=dtype)
+            ids = np.array(encode(tokenizer, text) + between, dtype=dtype)
             files[split].write(ids.tobytes())
             n_tokens[split] += len(ids)
             n_bytes[split] += len(encoded)

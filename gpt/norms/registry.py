@@ -63,7 +63,7 @@ def load_module(path: str) -> None:
 
     It is only called with a path from the command line.
     """
-    file = Path(path).resolve()
+    file = Path(path).expanduser().resolve()
     name = USER + file.stem
     if not file.is_file():
         raise MissingInput(f"norm module {path}: no such file")

@@ -10,6 +10,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from gpt.common.files import naming
 from gpt.reports.cells import Baseline, Cell, in_order, tuned
 from gpt.reports.runs import FinishedRun
 from gpt.reports.tables import (
@@ -189,5 +190,6 @@ def write(
         "activations.md": to_markdown(ends),
     }
     for name, text in contents.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        with naming(folder / name):
+            (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in contents]

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from gpt.common.files import naming
 from gpt.reports.cells import (
     UNITS,
     Cell,
@@ -59,7 +60,8 @@ def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=130)
+        with naming(paths[-1]):
+            figure.savefig(paths[-1], dpi=130)
     return paths
 
 

@@ -15,7 +15,7 @@ def report(*folders: Path | str, baseline: str | None = None) -> list[Path]:
 
     baseline  KEY=VALUE: the setting of the cells to compare with; norm=layer by default
     """
-    paths = [Path(folder) for folder in folders]
+    paths = [Path(folder).expanduser() for folder in folders]
     for path in paths:
         if not path.is_dir():
             raise MissingInput(f"{path}: no such folder")

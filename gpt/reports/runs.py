@@ -19,8 +19,8 @@ from gpt.common.terminal import show
 from gpt.probes.verdict import marked
 
 # Settings that no label shows: where a run ran, and how often it was evaluated or saved.
-UNSEEN = {"wandb.mode", "wandb.project", "device", "train.eval_every", "train.stats_every",
-          "train.checkpoint_every", "train.keep_checkpoints"}  # fmt: skip
+UNSEEN = {"wandb.mode", "wandb.project", "distributed.timeout", "device", "train.eval_every",
+          "train.stats_every", "train.checkpoint_every", "train.keep_checkpoints"}  # fmt: skip
 # Settings that every label shows anyway, and the run's own directory.
 LABELLED = {"norm.name", "placement.name", "train.batch_size", "seed", "run_dir"}
 # Inputs of a run besides its configuration, and what a label calls them if they differ.

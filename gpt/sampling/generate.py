@@ -11,7 +11,7 @@ import torch
 
 from gpt.common.errors import Diverged
 from gpt.common.seeds import stream_seed
-from gpt.data.tokenizer import separator
+from gpt.data.tokenizer import encode, separator
 from gpt.model import GPT
 
 
@@ -45,7 +45,7 @@ def stream(
     device = model.wte.weight.device
     generator = torch.Generator().manual_seed(stream_seed(seed, "sample"))
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ids = tokenizer.encode_ordinary(prompt) or separator(tokenizer)
+    ids = encode(tokenizer, prompt) or separator(tokenizer)
     idx = torch.tensor([ids], device=device)  # (1, T)
     for _ in range(max_new_tokens):
         logits = model(idx[:, -model.block_size :])[0][0, -1].float().cpu()  # (vocab_size,)

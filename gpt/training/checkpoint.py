@@ -131,7 +131,7 @@ def load_model(
 
     Raises MissingInput if there is no such checkpoint, and DataError if it is damaged.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).expanduser()
     if not (run_dir / "config.yaml").exists():
         raise MissingInput(f"{run_dir}: not a run directory, it has no config.yaml")
     if not checkpoints(run_dir, step):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gpt.common.errors import DataError
-from gpt.common.files import flatten, read_jsonl, write_atomically
+from gpt.common.files import flatten, naming, read_jsonl, write_atomically
 from gpt.common.processes import rank
 from gpt.common.terminal import warn
 from gpt.config import Config
@@ -101,15 +102,18 @@ class RowFile:
 
     def __init__(self, path: Path) -> None:
         self.digest = hashlib.sha256(path.read_bytes())
-        self.file = path.open("ab")
+        self.path, self.file = path, path.open("ab", buffering=0)
 
     def write(self, line: str) -> None:
-        self.file.write(line.encode())
-        self.file.flush()
-        self.digest.update(line.encode())
+        content = line.encode()
+        self.digest.update(content)
+        with naming(self.path):
+            while content:  # a disk that is nearly full takes a part
+                content = content[self.file.write(content) :]
 
     def sync(self) -> dict[str, Any]:
-        os.fsync(self.file.fileno())
+        with naming(self.path):
+            os.fsync(self.file.fileno())
         return {"bytes": self.file.tell(), "sha256": self.digest.hexdigest()}
 
     def close(self) -> None:
@@ -141,6 +145,7 @@ class Wandb:
 
     def start(self, run_dir: Path, cfg: Config) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
+        logging.raiseExceptions = False  # its thread's log may be on a full disk
         import wandb
 
         mode: Any = cfg.wandb.mode

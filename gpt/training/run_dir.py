@@ -84,17 +84,23 @@ def refuse_another_configuration(run_dir: Path, cfg: Config) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT, SIGTERM and SIGUSR1 only append to the list, so that the current step can
-    finish. A second signal ends the process at once."""
+    """Inside, SIGINT, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 only append to the list, so
+    that the current step can finish. A second signal ends the process at once."""
     caught: list[int] = []
+    terminals = [descriptor for descriptor in (1, 2) if is_terminal(descriptor)]
 
     def note(number: int, _: Any) -> None:
         if caught:
             os._exit(128 + number)
         caught.append(number)
+        if number == getattr(signal, "SIGHUP", None):
+            for descriptor in terminals:  # they are gone, and writing to them would fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
-    names = ("SIGINT", "SIGTERM", "SIGUSR1")
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)  # as nohup wants it
     if threading.current_thread() is not threading.main_thread():
         numbers = []  # Python delivers signals to the main thread only
     previous = {number: signal.signal(number, note) for number in numbers}
@@ -103,3 +109,9 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def is_terminal(descriptor: int) -> bool:
+    with suppress(OSError):  # closed
+        return os.isatty(descriptor)
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 import warnings
@@ -91,7 +92,10 @@ def train(cfg: Config, root: Path = Path("runs"), quiet: bool = False) -> dict[s
     Raises Diverged if the loss stops being finite. That is a result too: it is not tried again.
     """
     run_dir = Path(cfg.run_dir) if cfg.run_dir else root / cfg.run_name()
-    with processes(cfg.device), locked(run_dir) if rank() == 0 else nullcontext():
+    with (
+        processes(cfg.device, cfg.distributed.timeout),
+        locked(run_dir) if rank() == 0 else nullcontext(),
+    ):
         screen = Screen(cfg.train.steps, quiet=quiet or rank() > 0)
         wait_for_all()  # until the first process holds the lock, so that the files are this run's
         refuse_another_configuration(run_dir, cfg)
@@ -210,6 +214,11 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
     val = ValBatches(run.data.val.ids, t.batch_size, block_size, t.eval_tokens)
     model, compiled = wrap(state.model, cfg)
     unread: list[Row] = []
+    parent = os.getppid()
+
+    def stop_asked() -> bool:
+        orphan = world_size() > 1 and os.getppid() != parent  # torchrun was killed
+        return on_any_process(bool(signals) or orphan)
 
     def due(every: int) -> bool:
         return state.step % every == 0 or state.step == t.steps
@@ -228,7 +237,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
 
             reading = device.type != "cuda" or step % READ_EVERY == 0
             # All processes look once, at the same time: only what was saved may say "stopped".
-            stopping = (reading or world_size() == 1) and on_any_process(bool(signals))
+            stopping = (reading or world_size() == 1) and stop_asked()
             evaluating, saving = due(t.eval_every), due(t.checkpoint_every) or stopping
             if not (reading or collecting or evaluating or saving):
                 continue
@@ -247,7 +256,7 @@ def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
             if stopping:
                 break
             started = time.perf_counter()
-        if on_any_process(bool(signals)):  # all wait until the first has saved
+        if stop_asked():  # all wait until the first has saved
             run.screen.say(f"stopped at step {state.step}; the same command resumes there")
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
 
