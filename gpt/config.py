@@ -366,12 +366,12 @@ def no_interpolation(text: str) -> str:
 
 def read_yaml(path: Path) -> Any:
     """A small YAML file of plain values."""
-    content = path.read_bytes()
+    content, loader = path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     if len(content) > 1 << 20:
         raise ValueError("longer than 1 MiB")
-    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content, loader)):
         raise ValueError("it has an alias")
-    values = yaml.safe_load(content)
+    values = yaml.load(content, loader)
     if not isinstance(values, dict):
         raise ValueError("not a mapping")
     for key, value in flatten(values, ".").items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -24,9 +23,11 @@ register_schemas()
 def main(raw: DictConfig) -> None:
     cfg = typed(raw)
     from gpt.common.device import resolve_device
+    from gpt.data.hf_tokenizer import read_hf_tokenizer
     from gpt.data.tokenizer import load_tokenizer
     from gpt.norms.batch import batch_statistics, norms_with_batch_stats
     from gpt.norms.registry import load_module
+    from gpt.sampling.exchange import is_gpt2, locate
     from gpt.sampling.fold import fold
     from gpt.sampling.generate import stream
     from gpt.training.checkpoint import load_model  # after the configuration is checked
@@ -34,7 +35,10 @@ def main(raw: DictConfig) -> None:
     if cfg.norm_module:
         load_module(cfg.norm_module)
     model = load_model(cfg.run_dir, cfg.step, resolve_device(cfg.device))
-    tokenizer = load_tokenizer(Path(cfg.run_dir) / "tokenizer.json")
+    folder = locate(cfg.run_dir)
+    tokenizer = (
+        read_hf_tokenizer(folder) if is_gpt2(folder) else load_tokenizer(folder / "tokenizer.json")
+    )
     if cfg.batch_stats and not norms_with_batch_stats(model):
         raise ConfigError("batch_stats=true: no norm of this run has statistics over the batch")
     if cfg.fold:

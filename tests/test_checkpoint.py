@@ -205,7 +205,10 @@ def test_a_run_without_its_config_file_is_not_resumed_as_another(
     run_dir: Path, config: Callable[..., Config]
 ) -> None:
     (run_dir / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"no config\.yaml, so it is not a run"):
+    with pytest.raises(DataError, match=r"config\.yaml changed since the run finished"):
+        train(config("norm=batch", f"run_dir={run_dir}", "optim.lr=1e-3"))
+    (run_dir / "DONE").unlink()
+    with pytest.raises(DataError, match="its configuration was"):
         train(config("norm=batch", f"run_dir={run_dir}", "optim.lr=1e-3"))
 
 
@@ -399,7 +402,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for 
     ("change", "message"),
     [
         (lambda text: BOMB + text, "it has an alias"),
-        (lambda text: text + "x: " + "[" * 9000, "damaged"),
+        (lambda text: text + "x: " + "[" * 1_000_000, "damaged (while"),
         (lambda text: text + "#" * (1 << 20), "longer than 1 MiB"),
         (lambda text: text.replace("seed: 1337", "seed: ${oc.env:SECRET}"), "seed has an interp"),
         (lambda text: text.replace("name: batch", "name: x${oc.env:SECRET}"), "norm.name has an"),

@@ -292,3 +292,52 @@ def test_two_runs_are_compared_with_one_command(corpus: Path, tmp_path: Path) ->
     assert "norm.name" in html
     assert "from one seed: it may be chance" in html
     assert "residual: angle" in html
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", '{"norm": "layer"}'),
+        ("summary.json", None),
+        ("metrics.jsonl", '{"val_loss": 3.0, "val_bpb": 2.0}\n'),
+        ("metrics.jsonl", '{"step": 0, "val_loss": "x", "val_bpb": "y"}\n'),
+        ("stats.jsonl", '{"step": 1, "sites": 3}\n'),
+        (
+            "config.yaml",
+            "a0: &a0 [x, x]\n"
+            + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
+        ),
+    ],
+)
+def test_a_run_that_was_edited_is_one_line(folder: Path, name: str, content: str | None) -> None:
+    path = folder / "rms-pre-bs4-s0" / name
+    if content is None:
+        content = json.dumps(json.loads(path.read_text()) | {"seed": "x"})
+    path.write_text(content)
+    result = run_program(str(folder), script="report")
+    assert (result.returncode, result.stderr.count("\n")) == (65, 1), result.stderr
+    assert "rms-pre-bs4-s0" in result.stderr
+
+
+def test_of_two_copies_the_unchanged_one_counts(tmp_path: Path) -> None:
+    for copy in "ab":
+        summary(tmp_path / copy, "layer", 1, 3.0)
+    path = tmp_path / "a" / "layer-pre-bs4-s1" / "summary.json"
+    path.write_text(path.read_text().replace('"val_loss": 3.0', '"val_loss": 0.1'))
+    (cell,) = make_cells(load_runs(tmp_path))
+    assert cell.losses == {1: 3.0}
+
+
+def test_a_run_in_a_linked_folder_is_reported(tmp_path: Path) -> None:
+    summary(tmp_path / "elsewhere", "layer", 1, 3.0)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere" / "layer-pre-bs4-s1")
+    assert len(load_runs(tmp_path / "here")) == 1
+
+
+def test_a_report_never_writes_through_a_link(folder: Path) -> None:
+    (folder / "mine").write_text("mine")
+    for name in ("report.html", "losses.png"):
+        (folder / name).symlink_to("mine")
+    assert run_program(str(folder), script="report").returncode == 0
+    assert (folder / "mine").read_text() == "mine"

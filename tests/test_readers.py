@@ -297,3 +297,89 @@ def test_a_folder_that_may_not_be_read_is_an_error(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError):
         open_corpus(DataConfig("text", str(tmp_path)))
+
+
+def test_an_empty_part_of_a_list_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be the current directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "secret.txt").write_text("b")
+    for path in ("a.txt,", ",a.txt", "a.txt,,a.txt", "none,"):
+        for name in ("text", "hf"):
+            with pytest.raises(ConfigError, match="a part between the commas is empty"):
+                open_corpus(DataConfig(name, path))
+
+
+@pytest.mark.parametrize("path", [".", "train,validation", "*", "**/*.jsonl", "*/a.jsonl"])
+def test_folders_give_splits_however_they_are_named(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "validation"):
+        (tmp_path / split / "more").mkdir(parents=True)
+        for place in (split, f"{split}/more"):
+            if place == split or path != "*/a.jsonl":
+                (tmp_path / place / "a.jsonl").write_text(
+                    json.dumps({"text": split + place}) + "\n"
+                )
+    found = texts(Path(path))
+    count = 1 if path == "*/a.jsonl" else 2
+    assert [len(found["train"]), len(found["val"])] == [count, count]
+    assert all(text.startswith("validation") for text in found["val"])
+
+
+def test_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    os.symlink("a.jsonl", tmp_path / "b.jsonl")
+    for path in (
+        tmp_path,
+        f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl",
+        f"{tmp_path},{tmp_path}/a.jsonl",
+    ):
+        corpus = open_corpus(DataConfig("hf", str(path)))
+        assert [text for _, text in corpus.documents()] == ["a"]
+        assert corpus.left_out["files named twice"] == 1
+
+
+def test_a_folder_with_a_run_and_texts_keeps_its_texts(tmp_path: Path) -> None:
+    run = tmp_path / "work" / "run"
+    run.mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run / name).touch()
+    (tmp_path / "work" / "mine.txt").write_text("mine")
+    corpus = open_corpus(DataConfig("text", str(tmp_path)))
+    assert "".join(text for _, text in corpus.documents()) == "mine"
+    assert corpus.left_out["folders of runs or tokens"] == 1
+
+
+def test_pipes_and_links_to_nothing_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    os.mkfifo(tmp_path / "pipe.txt")
+    os.symlink("loop.txt", tmp_path / "loop.txt")
+    corpus = open_corpus(DataConfig("text", str(tmp_path)))
+    assert corpus.left_out["files that are not regular"] == 2
+    with pytest.raises(DataError, match="not a regular file"):
+        open_corpus(DataConfig("text", str(tmp_path / "pipe.txt")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,id,text\na,1,b\n", "it has 2 columns text"),
+        ("a.jsonl", '{"text": "bad \\ud800"}\n', "half of a surrogate pair"),
+    ],
+)
+def test_what_would_lose_text_is_one_line(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        texts(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, content in (("a.txt", "a"), ("a.json", '[\n{"text": "a"}\n]')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert texts(tmp_path / name)["train"] == ["a"]

@@ -16,6 +16,7 @@ from gpt.data.tokenizer import (
     byte_letters,
     fingerprint,
     from_ranks,
+    gpt2,
     limited,
     load_tokenizer,
     make_tokenizer,
@@ -99,16 +100,19 @@ def test_gpt2_is_tiktoken_s_and_saved_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in = tiktoken.Encoding(
-        "gpt2",
+        "r50k_base",
         pat_str=PATTERN,
         mergeable_ranks={bytes([b]): b for b in range(256)},
         special_tokens={"<|endoftext|>": 256},
     )
-    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": stand_in}.__getitem__)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"r50k_base": stand_in}.__getitem__)
+    gpt2.cache_clear()
     tokenizer = make_tokenizer("gpt2", [])
+    assert tokenizer.name == "gpt2"
     save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
     assert (tmp_path / "tokenizer.json").read_text() == '{"name": "gpt2"}\n'
-    assert load_tokenizer(tmp_path / "tokenizer.json") is stand_in
+    assert load_tokenizer(tmp_path / "tokenizer.json") is tokenizer
+    gpt2.cache_clear()
     assert token_bytes(tokenizer)[256] == 2  # <|endoftext|> stands for an empty line
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt.common.errors import ConfigError, DataError, MissingInput
@@ -296,6 +296,7 @@ def test_a_text_that_changes_under_its_size_and_time_is_prepared_anew(tmp_path: 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json", "manifest.json"])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(max_examples=20)
 def test_a_flipped_bit_in_a_prepared_folder_is_found(
     prepared: Path, name: str, place: float, bit: int
 ) -> None:

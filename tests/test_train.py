@@ -262,7 +262,7 @@ def test_a_run_whose_validation_losses_were_removed_is_one_line(
     path = tmp_path / "run" / "metrics.jsonl"
     rows = [line for line in path.read_text().splitlines(True) if "val_loss" not in line]
     path.write_text("".join(rows))
-    with pytest.raises(DataError, match=r"metrics.jsonl: it has no evaluations; use"):
+    with pytest.raises(DataError, match=r"metrics.jsonl: changed or shortened since"):
         train(config())
 
 

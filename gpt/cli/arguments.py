@@ -28,7 +28,10 @@ def training_arguments(argv: list[str]) -> list[str]:
 def at_home(arg: str) -> str:
     """Expand ~ in a path or a list of paths: Hydra's grammar does not allow it."""
     key, _, value = arg.partition("=")
-    return f"{key}={','.join(map(home, value.split(',')))}" if key in PATHS else arg
+    if key not in PATHS:
+        return arg
+    quote = value[:1] if value[:1] in ("'", '"') else ""
+    return f"{key}={quote}{','.join(map(home, value.removeprefix(quote).split(',')))}"
 
 
 def literal(arg: str, *keys: str) -> str:

@@ -25,7 +25,7 @@ from gpt.common.errors import ConfigError, UserError
 from gpt.common.files import read_json, read_jsonl
 from gpt.common.places import CONFIGS
 from gpt.common.terminal import Terminal, say
-from gpt.reports.runs import load_runs, print_table, read_config
+from gpt.reports.runs import blame_changed, load_runs, print_table, read_config
 
 SHOWN = 12  # the most lines of the table: running runs, then the last to end
 
@@ -37,7 +37,7 @@ def sweep_dir(argv: list[str]) -> Path | None:
         return None
     given = dict(arg.split("=", 1) for arg in argv if "=" in arg and not arg.startswith("-"))
     if "hydra.sweep.dir" in given:
-        return Path(given["hydra.sweep.dir"])
+        return Path(given["hydra.sweep.dir"].strip("'\""))
     overrides = sorted(f"{k}={v}" for k, v in given.items() if not k.startswith("hydra"))
     named = given.get("sweep", "sweep")
     if len(overrides) == 1 and "sweep" in given:
@@ -155,7 +155,8 @@ def show_results(folder: Path, total: int | None) -> None:
     """Print the table of a sweep's runs, if any. total: how many its folder should have."""
     runs = load_runs(folder)
     if runs:
-        print_table(runs)
+        with blame_changed(runs):
+            print_table(runs)
         missing = (total or 0) - len(runs)
         if missing > 0:
             say(f"{missing} of {total} have no result; the same command tries again")

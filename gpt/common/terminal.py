@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -34,4 +35,5 @@ def warn(line: str) -> None:
 
 
 def fail(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr)
+    with suppress(OSError):  # a full disk
+        print(f"error: {line}", file=sys.stderr)

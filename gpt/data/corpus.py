@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import socket
 import sysconfig
@@ -126,7 +127,7 @@ def text(cfg: DataConfig) -> Corpus:
         else:
             yield from read_texts(files.train)
 
-    key = file_key([*files.train, *files.val])
+    key = digest(file_key(files.train), file_key(files.val))
     return Corpus(slug(path.name), key, documents, separate=False, left_out=files.left_out)
 
 
@@ -142,7 +143,8 @@ def hf(cfg: DataConfig) -> Corpus:
         raise ConfigError(f"data.subset={cfg.subset}: local files have no subsets; leave it out")
     paths = [*files.train, *files.val]
     options = (str(cfg.subset), cfg.column, str(cfg.max_documents))
-    key = digest(path, *options, file_key(paths) if paths else "hub")
+    keys = (file_key(files.train), file_key(files.val)) if paths else ("hub",)
+    key = digest(path, *options, *keys)
 
     def documents() -> Iterator[Document]:
         train, val = splits_of_files(cfg, files) if paths else splits_of_hub(cfg, path)
@@ -254,7 +256,7 @@ def hub_reachable(timeout: float = 0.5) -> bool:
 def file_key(files: list[Path]) -> str:
     """A hash of names, sizes and times, so that files need not be read. The change time is among
     them: unlike the modification time, no program can set it back."""
-    stats = ((file.resolve(), file.stat()) for file in files)
+    stats = ((os.path.realpath(file), file.stat()) for file in files)
     return digest(
         *(f"{p} {s.st_size} {s.st_ino} {s.st_mtime_ns} {s.st_ctime_ns}" for p, s in stats)
     )

@@ -10,13 +10,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from gpt.common.errors import ConfigError, DataError, MissingInput, nearest
+from gpt.config import is_unicode
 
 Document = tuple[str, str]  # ("train" | "val", text)
 CHUNK = 1 << 20  # bytes of a text file that are in memory at a time
+REPORT = {
+    "report.html", "losses.png", "curves.png", "lr.png", "depth.png", "multirun.yaml",
+    "table.csv", "table.md", "activations.csv", "activations.md",
+}  # fmt: skip
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -45,17 +51,41 @@ def find_files(path: str, suffixes: tuple[str, ...] = ()) -> Files:
 
     No files if nothing of `path` exists. Raises MissingInput if only a part of it does.
     """
-    found = Files()
+    left_out: Counter[str] = Counter()
     missing = []
-    for part in [path] if Path(path).exists() else path.split(","):
-        matches = [Path(part)] if Path(part).exists() else map(Path, sorted(glob.glob(part)))
-        before = len(found.train)
-        for match in matches:
-            found.train += walk(match, suffixes, found.left_out) if match.is_dir() else [match]
-        missing += [part] if len(found.train) == before and not Path(part).is_dir() else []
-    if missing and (found.train or len(missing) > 1):
+    named: dict[Path, Path] = {}  # each file, and the part of its path that may name its split
+    parts = [path] if Path(path).exists() else path.split(",")
+    if not all(parts):
+        raise ConfigError(f"data.path={path}: a part between the commas is empty; remove a comma")
+    for part in parts:
+        there = Path(part).exists()
+        matches = [part] if there else sorted(glob.glob(part, recursive=True))
+        for match in map(Path, matches):
+            root = match.parent if there else constant_part(part)
+            if there and match == Path(path) and match.is_dir():
+                root = match
+            for file in walk(match, suffixes, left_out) if match.is_dir() else [regular(match)]:
+                named.setdefault(file, file.relative_to(root))
+        missing += [part] if not matches else []
+    if missing and (named or len(missing) > 1):
         raise MissingInput(f"data.path={path}: no such file: {', '.join(missing)}")
-    return by_split(found, Path(path))
+    once: dict[str, Path] = {}
+    for file in named:
+        once.setdefault(os.path.realpath(file), file)
+    if len(named) > len(once):
+        left_out["files named twice"] = len(named) - len(once)
+    return by_split({file: named[file] for file in once.values()}, left_out)
+
+
+def constant_part(pattern: str) -> Path:
+    """The folders of a glob before its first wildcard."""
+    return Path(*takewhile(lambda name: not set(name) & set("*?["), Path(pattern).parts))
+
+
+def regular(file: Path) -> Path:
+    if not file.is_file():
+        raise DataError(f"data.path={file}: not a regular file")
+    return file
 
 
 def walk(folder: Path, suffixes: tuple[str, ...], left_out: Counter[str]) -> list[Path]:
@@ -84,6 +114,8 @@ def walk(folder: Path, suffixes: tuple[str, ...], left_out: Counter[str]) -> lis
                 left_out["hidden files"] += 1
             elif suffixes and not name.lower().endswith(suffixes):
                 left_out["files of other kinds"] += 1
+            elif not Path(place, name).is_file():  # a pipe, or a link to nothing
+                left_out["files that are not regular"] += 1
             else:
                 files.append(Path(place, name))
     return sorted(files)
@@ -96,19 +128,19 @@ def is_result(folder: Path) -> bool:
     if names >= {"config.yaml", "metrics.jsonl"} or names >= {"train.bin", "tokenizer.json"}:
         return True
     inside = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
-    return bool(inside) and all(map(is_result, inside))
+    files = names - {entry.name for entry in inside}
+    only_results = all(name[0] == "." or name in REPORT for name in files)
+    return bool(inside) and only_results and all(map(is_result, inside))
 
 
-def by_split(found: Files, root: Path) -> Files:
+def by_split(below: dict[Path, Path], left_out: Counter[str]) -> Files:
     """Divide the files by their names, if these name `train` and another split."""
     named: dict[str, list[Path]] = {}
-    for file in found.train:
-        below = file.relative_to(root) if file.is_relative_to(root) else Path(file.name)
-        named.setdefault(split_of(below), []).append(file)
+    for file, path in below.items():
+        named.setdefault(split_of(path), []).append(file)
     other = next((name for name in ("validation", "test") if name in named), None)
     if "train" not in named or other is None:
-        return found
-    left_out = found.left_out.copy()
+        return Files(list(below), [], left_out)
     for name in named.keys() - {"train", other}:
         left_out[f"files of the split {name}" if name else "files of no split"] += len(named[name])
     return Files(named["train"], named[other], left_out)
@@ -158,7 +190,7 @@ def decode(part: bytes, file: Path, offset: int) -> str:
 def read_jsonl(file: Path, column: str) -> Iterator[str]:
     """A JSON object in each line, or a JSON list of objects. Only `column` is looked at."""
     with file.open("rb") as lines:
-        is_list = lines.read(64).lstrip().startswith(b"[")
+        is_list = lines.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
         lines.seek(0)
         rows: Iterator[tuple[int, Any]]
         if is_list:
@@ -221,6 +253,8 @@ def read_parquet(file: Path, column: str) -> Iterator[str]:
         for batch in table.iter_batches(1000, columns=[column]):
             for text in batch.column(0).to_pylist():
                 yield checked(text, column, f"{file}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: data.column={column} is not UTF-8 ({error.reason})") from error
     except pa.ArrowException as error:
         raise DataError(f"{file}: {' '.join(str(error).split())[:300]}") from error
 
@@ -228,7 +262,7 @@ def read_parquet(file: Path, column: str) -> Iterator[str]:
 def read_paragraphs(file: Path, column: str) -> Iterator[str]:
     """The paragraphs of a UTF-8 text: what stands between empty lines."""
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             rest = ""
             while chunk := lines.read(CHUNK):
                 *whole, rest = (rest + chunk).split("\n\n")
@@ -255,6 +289,8 @@ def checked(text: Any, column: str, where: str) -> str:
             f"{where}: data.column={column} has a value of type {type(text).__name__}; "
             "expected text"
         )
+    if text and not is_unicode(text):
+        raise DataError(f"{where}: half of a surrogate pair, which UTF-8 cannot encode")
     return text or ""
 
 
@@ -263,3 +299,5 @@ def check_column(column: str, source: Path | str, columns: list[str]) -> None:
         raise ConfigError(
             f"data.column={column}: {source} has {', '.join(columns)}{nearest(column, columns)}"
         )
+    if columns.count(column) > 1:
+        raise DataError(f"{source}: it has {columns.count(column)} columns {column}")

@@ -51,15 +51,21 @@ def byte_ranks() -> list[bytes]:
     return [bytes([b]) for b in range(256)]
 
 
+@lru_cache(maxsize=1)
 def gpt2() -> tiktoken.Encoding:
-    """GPT-2's tokenizer, which tiktoken fetches once and caches."""
+    """GPT-2's tokenizer, which tiktoken fetches once and caches: as `r50k_base`, one file with the
+    same ids as the two of `gpt2`."""
     try:
-        return tiktoken.get_encoding("gpt2")
+        base = tiktoken.get_encoding("r50k_base")
     except OSError as error:  # requests' exceptions are OSErrors
         raise MissingInput(
             "tokenizer=gpt2: tiktoken could not fetch GPT-2's vocabulary and has none cached; "
             "point TIKTOKEN_CACHE_DIR at a folder that has it, or use tokenizer=bpe or bytes"
         ) from error
+    ranks, special = base._mergeable_ranks, base._special_tokens
+    return tiktoken.Encoding(
+        "gpt2", pat_str=base._pat_str, mergeable_ranks=ranks, special_tokens=special
+    )
 
 
 def train_bpe(texts: Iterable[str]) -> list[bytes]:

@@ -124,14 +124,14 @@ def legend(cells: list[Cell]) -> str:
 
 def make_cells(runs: list[FinishedRun]) -> list[Cell]:
     """Runs that differ in nothing but the seed become one cell. Of runs that share the seed too,
-    the first is taken, whatever its loss."""
+    the first whose files are unchanged is taken, whatever its loss."""
     texts = {(run.summary["tokenizer"], run.summary["corpus_sha256"]) for run in runs}
     splits = {run.summary.get("train_bytes") for run in runs} - {None}  # each has its own tokenizer
     unit = "val_bpb" if max(len(texts), len(splits)) > 1 else "val_loss"
     grouped: dict[str, Cell] = {}
     seen: set[tuple[str, int]] = set()
     pairs = zip(runs, distinguish(runs), strict=True)
-    for run, traits in sorted(pairs, key=lambda pair: (pair[0].seed, str(pair[0].dir))):
+    for run, traits in sorted(pairs, key=lambda p: (p[0].seed, bool(p[0].changed), str(p[0].dir))):
         cell = Cell(without(traits, "seed"), [], unit=unit)
         if (cell.label, run.seed) not in seen:
             grouped.setdefault(cell.label, cell).runs.append(run)

@@ -10,7 +10,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from gpt.common.files import naming
+from gpt.common.files import write_atomically
 from gpt.reports.cells import Baseline, Cell, in_order, tuned
 from gpt.reports.runs import FinishedRun
 from gpt.reports.tables import (
@@ -190,6 +190,5 @@ def write(
         "activations.md": to_markdown(ends),
     }
     for name, text in contents.items():
-        with naming(folder / name):
-            (folder / name).write_text(text, encoding="utf-8")
+        write_atomically(folder / name, text)  # it replaces a link, and never writes through it
     return [folder / name for name in contents]

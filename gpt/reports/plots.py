@@ -61,6 +61,7 @@ def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
         with naming(paths[-1]):
+            paths[-1].unlink(missing_ok=True)  # never write through a link
             figure.savefig(paths[-1], dpi=130)
     return paths
 

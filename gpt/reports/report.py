@@ -6,7 +6,14 @@ from pathlib import Path
 
 from gpt.common.errors import MissingInput
 from gpt.common.terminal import say
-from gpt.reports.runs import load_runs, print_table, unfinished, unsaid
+from gpt.reports.runs import (
+    FinishedRun,
+    blame_changed,
+    load_runs,
+    print_table,
+    unfinished,
+    unsaid,
+)
 
 
 def report(*folders: Path | str, baseline: str | None = None) -> list[Path]:
@@ -22,6 +29,11 @@ def report(*folders: Path | str, baseline: str | None = None) -> list[Path]:
     runs = load_runs(*paths)
     if not runs:
         raise MissingInput(f"{paths[0]}: no finished run below it")
+    with blame_changed(runs):
+        return write_report(paths, runs, baseline)
+
+
+def write_report(paths: list[Path], runs: list[FinishedRun], baseline: str | None) -> list[Path]:
     from gpt.reports import page, plots  # plotly, matplotlib and scipy take seconds
     from gpt.reports.cells import Baseline, choose_baseline, make_cells
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from glob import glob
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 from rich.text import Text
 
 from gpt.common.errors import DataError, UserError
 from gpt.common.files import changed, flatten, read_json, read_jsonl
 from gpt.common.terminal import show
+from gpt.config import UNREADABLE, read_yaml
 from gpt.probes.verdict import marked
 
 # Settings that no label shows: where a run ran, and how often it was evaluated or saved.
@@ -72,7 +75,7 @@ def load_runs(*folders: Path) -> list[FinishedRun]:
     A run whose evaluation sees the future has no valid loss: it comes after all others. Runs that
     diverged come last.
     """
-    paths = {path.resolve(): path for folder in folders for path in folder.rglob("summary.json")}
+    paths = {path.resolve(): path for path in below(folders, "summary.json")}
     runs = []
     for path in sorted(paths.values()):
         summary = read_json(path)
@@ -89,6 +92,27 @@ def load_runs(*folders: Path) -> list[FinishedRun]:
     return sorted(runs, key=rank)
 
 
+def below(folders: Iterable[Path], name: str) -> list[Path]:
+    """All files of that name, also in folders that are links."""
+    pattern = f"**/{name}"
+    return [f / path for f in folders for path in glob(pattern, root_dir=f, recursive=True)]
+
+
+@contextmanager
+def blame_changed(runs: list[FinishedRun]) -> Iterator[None]:
+    """Inside, an error that changed files of a run may have caused is told as such."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        altered = [f"{run.dir} ({', '.join(run.changed)})" for run in runs if run.changed]
+        if not altered:
+            raise
+        raise DataError(
+            f"{'; '.join(altered)}: changed since the run finished, and cannot be read; restore "
+            "it, or remove the run"
+        ) from error
+
+
 def changes(run_dir: Path) -> tuple[str, ...]:
     """The files of a finished run that differ from what its DONE lists."""
     try:
@@ -99,7 +123,7 @@ def changes(run_dir: Path) -> tuple[str, ...]:
 
 def unfinished(*folders: Path) -> int:
     """How many runs below `folders` have started but not finished."""
-    paths = {path.resolve() for folder in folders for path in folder.rglob("metrics.jsonl")}
+    paths = {path.resolve() for path in below(folders, "metrics.jsonl")}
     return sum(not (path.parent / "summary.json").exists() for path in paths)
 
 
@@ -126,10 +150,9 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     """A run's configuration with dotted keys; empty if it has none. It is read without OmegaConf,
     which takes long for many runs."""
     path = run_dir / "config.yaml"
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return flatten(yaml.load(path.read_bytes(), loader), ".") if path.exists() else {}
-    except (yaml.YAMLError, AttributeError) as error:
+        return flatten(read_yaml(path), ".") if path.exists() else {}
+    except UNREADABLE as error:
         raise DataError(f"{path}: damaged; restore it or remove the run") from error
 
 

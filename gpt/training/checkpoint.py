@@ -26,6 +26,7 @@ from gpt.config import load_config
 from gpt.data.tokenizer import fingerprint, load_tokenizer
 from gpt.model import GPT
 from gpt.placement import build_model
+from gpt.sampling.exchange import is_gpt2, locate, read_gpt2
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -125,13 +126,16 @@ def read_progress(folder: Path) -> dict[str, Any]:
 def load_model(
     run_dir: str | Path, step: int | None = None, device: str | torch.device = "cpu"
 ) -> GPT:
-    """The trained model of a run, in evaluation mode.
+    """The trained model of a run, in evaluation mode; or a GPT-2 in a folder of Hugging Face, in
+    nanoGPT's `ckpt.pt`, or on the hub, such as `gpt2`.
 
     step  of the checkpoint to load; the newest by default
 
     Raises MissingInput if there is no such checkpoint, and DataError if it is damaged.
     """
-    run_dir = Path(run_dir).expanduser()
+    run_dir = locate(run_dir)
+    if is_gpt2(run_dir) and step is None:
+        return read_gpt2(run_dir).build().to(device)
     if not (run_dir / "config.yaml").exists():
         raise MissingInput(f"{run_dir}: not a run directory, it has no config.yaml")
     if not checkpoints(run_dir, step):

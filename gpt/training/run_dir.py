@@ -17,7 +17,8 @@ from gpt.common.errors import ConfigError, Locked
 from gpt.common.files import flatten, write_manifest
 from gpt.config import Config, load_config
 
-RESULTS = ("config.yaml", "tokenizer.json", "metrics.jsonl", "stats.jsonl", "summary.json")
+RESULTS = ("config.yaml", "tokenizer.json", "metrics.jsonl", "stats.jsonl", "summary.json",
+           "sample.txt")  # fmt: skip
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def locked(run_dir: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                if {path.name for path in run_dir.iterdir()} <= {".lock", ".holder"}:
+                if not (run_dir / "metrics.jsonl").exists():
                     for name in (".lock", ".holder"):
                         (run_dir / name).unlink(missing_ok=True)
                     with suppress(OSError):  # another process has begun something there
@@ -52,9 +53,9 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def refuse_foreign_folder(run_dir: Path) -> None:
     """Raise ConfigError if `run_dir` has files, but is not a run: a run would overwrite some."""
-    if run_dir.is_dir() and not (run_dir / "config.yaml").exists():
-        names = sorted(path.name for path in run_dir.iterdir() if path.name[0] != ".")
-        if names:
+    if run_dir.is_dir():
+        names = sorted(path.name for path in run_dir.iterdir())
+        if names and "config.yaml" not in names and ".holder" not in names:
             shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             raise ConfigError(
                 f"run_dir={run_dir}: the folder has {shown} and no config.yaml, so it is not a "
@@ -64,7 +65,7 @@ def refuse_foreign_folder(run_dir: Path) -> None:
 
 def mark_done(run_dir: Path) -> None:
     """Write DONE, the SHA-256 of the files that a finished run leaves to read."""
-    write_manifest(run_dir / "DONE", RESULTS)
+    write_manifest(run_dir / "DONE", [name for name in RESULTS if (run_dir / name).exists()])
 
 
 def refuse_another_configuration(run_dir: Path, cfg: Config) -> None:

@@ -1,4 +1,4 @@
-"""A stand-in for the hub: one data set, answered as `huggingface_hub` asks for it."""
+"""A stand-in for the hub: one data set or model, answered as `huggingface_hub` asks for it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ COMMIT = "1" * 40
 
 
 @contextmanager
-def hub_server(name: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """Serve the data set `name` with these files; yield the address and the requested paths."""
+def hub_server(
+    name: str, files: Mapping[str, bytes], kind: str = "datasets"
+) -> Iterator[tuple[str, list[str]]]:
+    """Serve `name`, of `datasets` or `models`, with these files; yield the address and the paths
+    that are asked for."""
     asked: list[str] = []
     info = {"_id": "1", "id": name, "sha": COMMIT, "private": False, "tags": [], "downloads": 0,
             "likes": 0, "siblings": [{"rfilename": path} for path in files]}  # fmt: skip
@@ -23,14 +26,15 @@ def hub_server(name: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, lis
         {"type": "file", "path": path, "size": len(content), "oid": sha1(content).hexdigest()}
         for path, content in files.items()
     ]
-    facts = f"/api/datasets/{name}"
+    facts, root = f"/api/{kind}/{name}", f"/datasets/{name}" if kind == "datasets" else f"/{name}"
     pages = {
         facts: info,
+        f"{facts}/revision/main": info,
         f"{facts}/revision/{COMMIT}": info,
         f"{facts}/tree/{COMMIT}": tree,
     }
     answers = {path: json.dumps(page).encode() for path, page in pages.items()}
-    answers |= {f"/datasets/{name}/resolve/{COMMIT}/{path}": file for path, file in files.items()}
+    answers |= {f"{root}/resolve/{COMMIT}/{path}": file for path, file in files.items()}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -44,7 +48,7 @@ def hub_server(name: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, lis
             body = answers.get(path, b"")
             self.send_response(200 if path in answers else 404)
             if path not in answers:
-                known = path.startswith((f"/datasets/{name}/", facts))
+                known = path.startswith((f"{root}/", facts))
                 self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
             self.send_header("ETag", f'"{sha1(body).hexdigest()}"')
             self.send_header("X-Repo-Commit", COMMIT)
