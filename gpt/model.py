@@ -101,6 +101,8 @@ class Sublayer(nn.ModuleDict, ABC):
 
 class CausalSelfAttention(Sublayer):
     slots: ClassVar = {"in": 1, "q": 1, "k": 1, "v": 1, "mid": 1, "out": 1, "after": 1}
+    # While generating: takes new keys and values, and returns those of all tokens so far.
+    cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __init__(
         self, config: ModelConfig, site: str, make_norm: MakeNorm, plan: BlockPlan
@@ -117,8 +119,10 @@ class CausalSelfAttention(Sublayer):
             norm(t).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
             for norm, t in ((self["q"], q), (self["k"], k), (self["v"], v))
         )
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        if self.cache is not None:
+            k, v = self.cache(k, v)
+        dropout, causal = self.dropout if self.training else 0.0, k.shape[2] == T
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
         y = self.c_proj(self["mid"](y.transpose(1, 2).reshape(B, T, C)))
         return F.dropout(y, self.dropout, self.training)
 
@@ -173,6 +177,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.block_size = config.block_size
+        self.past = 0  # while generating: the number of tokens before idx that are cached
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.embd_norm = make_norm("embd_norm", config.n_embd)
@@ -184,8 +189,8 @@ class GPT(nn.Module):
         self.init_weights(plans, seed)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        T = idx.shape[1]
-        x = self.drop(self.embd_norm(self.wte(idx) + self.wpe.weight[:T]))  # (B, T, C)
+        positions = self.wpe.weight[self.past : self.past + idx.shape[1]]
+        x = self.drop(self.embd_norm(self.wte(idx) + positions))  # (B, T, C)
         branch = None
         for block in self.h:
             x, branch = block(x, branch)

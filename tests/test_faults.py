@@ -183,6 +183,7 @@ def test_a_full_disk_names_the_file_and_the_error(corpus: Path, tmp_path: Path) 
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_full_disk_for_wandb_is_one_warning(corpus: Path, tmp_path: Path) -> None:
     """Its thread once printed 62 lines."""
     run_dir = tmp_path / "run"
@@ -287,6 +288,7 @@ def wait_for_rows(run_dir: Path, count: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.long
 def test_a_kill_inside_a_checkpoint_s_writing_loses_nothing(corpus: Path, tmp_path: Path) -> None:
     size = ["model.n_embd=128", "train.checkpoint_every=1", "train.steps=30"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

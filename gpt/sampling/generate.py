@@ -8,11 +8,13 @@ from typing import Any
 
 import tiktoken
 import torch
+from torch import Tensor
 
 from gpt.common.errors import Diverged
 from gpt.common.seeds import stream_seed
 from gpt.data.tokenizer import encode, separator
 from gpt.model import GPT
+from gpt.sampling.cache import next_logits
 
 
 def generate(model: GPT, tokenizer: tiktoken.Encoding, prompt: str = "", **options: Any) -> str:
@@ -47,19 +49,24 @@ def stream(
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ids = encode(tokenizer, prompt) or separator(tokenizer)
     idx = torch.tensor([ids], device=device)  # (1, T)
-    for _ in range(max_new_tokens):
-        logits = model(idx[:, -model.block_size :])[0][0, -1].float().cpu()  # (vocab_size,)
-        largest = logits.max()
-        if not largest.isfinite():  # a logit of −∞ is allowed: its token is never drawn
-            raise Diverged("the model has diverged, its logits are not finite; try an earlier step")
-        if temperature == 0:
-            token = logits.argmax().view(1)
-        else:
-            if 0 < top_k < len(logits):
-                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            # The largest becomes 0, so that even the smallest temperature cannot overflow.
-            scaled = (logits - largest).double() / max(temperature, 1e-200)
-            token = torch.multinomial(scaled.softmax(0), 1, generator=generator)
-        idx = torch.cat([idx, token.view(1, 1).to(device)], dim=1)
-        yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
+    with next_logits(model) as logits_after:
+        for _ in range(max_new_tokens):
+            logits = logits_after(idx)[0].float().cpu()  # (vocab_size,)
+            token = draw(logits, temperature, top_k, generator)
+            idx = torch.cat([idx, token.view(1, 1).to(device)], dim=1)
+            yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
     yield decoder.decode(b"", final=True)
+
+
+def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """A token (1,) by its logits (vocab_size,)."""
+    largest = logits.max()
+    if not largest.isfinite():  # a logit of −∞ is allowed: its token is never drawn
+        raise Diverged("the model has diverged, its logits are not finite; try an earlier step")
+    if temperature == 0:
+        return logits.argmax().view(1)
+    if 0 < top_k < len(logits):
+        logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+    # The largest becomes 0, so that even the smallest temperature cannot overflow.
+    scaled = (logits - largest).double() / max(temperature, 1e-200)
+    return torch.multinomial(scaled.softmax(0), 1, generator=generator)
