@@ -32,7 +32,7 @@ from gpt.data.tokens import HEADER_BYTES, open_tokens, prepare
 from gpt.training.checkpoint import checkpoints, load_model
 from gpt.training.trainer import train
 from tests.tools.configs import curve, make_config, mostly_long, overrides, read_rows
-from tests.tools.programs import REPO, Process, run_program, start
+from tests.tools.programs import REPO, run_program, start, torchrun
 
 Result = TypeVar("Result")
 TRAIN = str(REPO / "scripts" / "train.py")
@@ -336,11 +336,6 @@ def test_a_killed_sweep_skips_what_is_finished_and_resumes_the_rest(
         assert curve(ours) == curve(alone / str(seed))
         name = "checkpoints/step_60/model.safetensors"
         assert (ours / name).read_bytes() == (alone / str(seed) / name).read_bytes()
-
-
-def torchrun(*args: str) -> Process:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    return Process([*launch, TRAIN, *args], REPO, timeout=120)
 
 
 def workers_of(pid: int) -> list[int]:

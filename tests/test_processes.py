@@ -18,12 +18,7 @@ from gpt.common.errors import ConfigError
 from gpt.common.processes import processes
 from gpt.training.run_dir import locked
 from tests.tools.configs import mostly_long, overrides, read_rows
-from tests.tools.programs import REPO, Process, run_program, run_ranks
-
-
-def torchrun(*args: str) -> Process:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    return Process([*launch, str(REPO / "scripts/train.py"), *args], REPO, timeout=120)
+from tests.tools.programs import run_program, run_ranks, torchrun
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,12 @@ def run_pytest(*args: str) -> subprocess.CompletedProcess[str]:
     return Process([*options, *args], REPO, timeout=120).wait()
 
 
+def torchrun(*args: str) -> Process:
+    """Train in two processes that torchrun starts."""
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    return Process([*launch, str(REPO / "scripts" / "train.py"), *args], REPO, timeout=120)
+
+
 def run_ranks(*args: str) -> subprocess.CompletedProcess[str]:
     """Train in two processes, as torchrun starts them; return what both printed."""
     with socket.create_server(("127.0.0.1", 0)) as server:
