@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,3 +128,19 @@ def folder(tmp_path: Path) -> Path:
     summary(tmp_path, "instance", 0, 0.5, sees_in_evaluation=["later tokens"])
     summary(tmp_path, "scale", 0, None, diverged_at=7)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A finished run with BatchNorm, of six steps."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    trainer.train(
+        make_config("data=text", f"data.path={corpus}", f"run_dir={run_dir}", "norm=batch")
+    )
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))

@@ -278,7 +278,7 @@ def test_tokens_that_are_prepared_need_no_network(
     cfg = make_config("data=hf", "data.path=someone/something", "data.streaming=true")
     prepare(cfg)
     monkeypatch.undo()
-    monkeypatch.setattr("gpt.data.corpus.hub_reachable", lambda: False)
+    monkeypatch.setattr("gpt.common.hub.reachable", lambda: False)
     assert len(prepare(cfg).val.ids) == 222
 
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import socket
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from threading import Thread
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from gpt.common.errors import ConfigError, DataError, MissingInput, UserError
+from gpt.common.hub import go_offline_if_unreachable
 from gpt.config import DataConfig, check_choice
 from gpt.data.readers import (
     READERS,
@@ -50,7 +46,7 @@ class Corpus:
 
 
 def open_corpus(cfg: DataConfig) -> Corpus:
-    """The corpus that `data=` names; ConfigError, with the nearest name, if there is none."""
+    """The corpus that `data=` names. An unknown name raises ConfigError with the nearest one."""
     check_choice("data.name", cfg.name, tuple(CORPORA))
     return CORPORA[cfg.name](cfg)
 
@@ -190,11 +186,7 @@ def splits_of_files(cfg: DataConfig, files: Files) -> tuple[Texts, Texts | None]
 
 def splits_of_hub(cfg: DataConfig, path: str) -> tuple[Texts, Texts | None]:
     """The same of a data set on the hub, or in the cache if the hub cannot be reached."""
-    offline = not hub_reachable()
-    if offline:
-        from huggingface_hub import constants
-
-        constants.HF_HUB_OFFLINE = True  # use the cache, without half a minute of retries
+    offline = go_offline_if_unreachable()
     import datasets
 
     datasets.disable_progress_bars()
@@ -230,27 +222,6 @@ def unreadable(path: str, error: Exception) -> DataError:
     cause = error.__cause__ or error
     reason = " ".join(str(cause).split())[:300] or type(cause).__name__
     return DataError(f"data.path={path}: {reason}")
-
-
-def hub_reachable(timeout: float = 0.5) -> bool:
-    """Whether the hub answers within `timeout` seconds; true if a proxy is configured."""
-    from huggingface_hub.constants import ENDPOINT
-
-    address = urlsplit(ENDPOINT)
-    if address.scheme in getproxies():
-        return True
-    port = address.port or (443 if address.scheme == "https" else 80)
-    answered: list[bool] = []
-
-    def connect() -> None:
-        with suppress(OSError):
-            socket.create_connection((address.hostname or "", port), timeout).close()
-            answered.append(True)
-
-    thread = Thread(target=connect, daemon=True)  # a name lookup has no timeout
-    thread.start()
-    thread.join(timeout)
-    return bool(answered)
 
 
 def file_key(files: list[Path]) -> str:

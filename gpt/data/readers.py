@@ -19,7 +19,7 @@ from gpt.config import is_unicode
 
 Document = tuple[str, str]  # ("train" | "val", text)
 CHUNK = 1 << 20  # bytes of a text file that are in memory at a time
-REPORT = {
+REPORT = {  # files beside runs that this program writes
     "report.html", "losses.png", "curves.png", "lr.png", "depth.png", "multirun.yaml",
     "table.csv", "table.md", "activations.csv", "activations.md",
 }  # fmt: skip
@@ -35,7 +35,7 @@ class Files:
     """The files of a corpus.
 
     train     all files, or those of the split `train` if `val` has any
-    val       the files of the split `validation`, or of `test` if there are none
+    val       the files of the split `validation`, otherwise those of `test`
     left_out  what is not read, and how often: {"hidden files": 2}
     """
 
@@ -283,7 +283,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 
 
 def checked(text: Any, column: str, where: str) -> str:
-    """The text of a row; "" if it has none."""
+    """The text of a row; "" for a missing value."""
     if not isinstance(text, str | None):
         raise DataError(
             f"{where}: data.column={column} has a value of type {type(text).__name__}; "

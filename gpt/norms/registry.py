@@ -53,7 +53,7 @@ def register(name: str) -> Callable[[type[N]], type[N]]:
 
 
 def norm_class(name: str) -> type[Norm]:
-    """The registered class; ConfigError with the nearest name if there is none."""
+    """The registered class. An unknown name raises ConfigError with the nearest one."""
     check_choice("norm", name, tuple(sorted(NORMS)))
     return NORMS[name]
 

@@ -57,7 +57,7 @@ class Cell:
         return label(self.traits)
 
     def value(self, key: str) -> Any:
-        """Its value of a setting, even if its label omits it; None if it has none."""
+        """Its value of a setting, even if its label omits it; None if the setting is unknown."""
         return self.traits.get(key, self.runs[0].config.get(key))
 
     @property

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from gpt.common.errors import ConfigError, DataError, MissingInput
 from gpt.common.files import read_json, write_json
+from gpt.common.hub import go_offline_if_unreachable
 from gpt.config import Config, ModelConfig
-from gpt.data.corpus import hub_reachable
 from gpt.model import GPT, Block, BlockPlan
 from gpt.norms.layer import LayerNorm
 
@@ -95,12 +95,10 @@ def locate(source: str | Path) -> Path:
     on_hub = name in HUB_NAMES or (owner and re.fullmatch(r"[\w.-]+/[\w.-]+", name))
     if path.exists() or not on_hub or (owner and Path(owner).exists()):
         return path
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    offline = not hub_reachable()
-    if offline:
-        constants.HF_HUB_OFFLINE = True  # use the cache, without half a minute of retries
+    offline = go_offline_if_unreachable()
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.common.device import (
@@ -80,6 +80,7 @@ class Run:
     dir: Path
     device: torch.device
     data: Data
+    bytes_of: Tensor  # how many bytes of text each token stands for
     sight: Sight
     screen: Screen
 
@@ -200,7 +201,8 @@ def set_up(cfg: Config, run_dir: Path, data: Data, screen: Screen) -> tuple[Run,
     }
     memory = dict(model.named_buffers())
     state = TrainState(0, model, make_optimizer(model, cfg.optim), setting, memory)
-    return Run(cfg, run_dir, device, data, sight, screen), state
+    bytes_of = torch.tensor(token_bytes(data.tokenizer), device=device)
+    return Run(cfg, run_dir, device, data, bytes_of, sight, screen), state
 
 
 def run_steps(run: Run, state: TrainState, log: RunLog) -> None:
@@ -292,8 +294,7 @@ def wrap(model: GPT, cfg: Config) -> tuple[nn.Module, nn.Module]:
 
 def evaluate_and_log(run: Run, state: TrainState, log: RunLog, val: ValBatches) -> None:
     """Raises Diverged, with the site, if the validation loss is not finite."""
-    bytes_of = torch.tensor(token_bytes(run.data.tokenizer), device=run.device)
-    result = evaluate(state.model, val, bytes_of, run.device, run.cfg.dtype)
+    result = evaluate(state.model, val, run.bytes_of, run.device, run.cfg.dtype)
     log.metrics(state.step, **result)
     run.screen.evaluation(state.step, result)
     if not math.isfinite(result["val_loss"]):

@@ -57,6 +57,11 @@ def overrides(*extra: str, **values: Any) -> list[str]:
     return [f"{key}={value}" for key, value in merged.items()]
 
 
+def tiny(corpus: Path, *more: str) -> list[str]:
+    """TINY on the text `corpus`."""
+    return overrides("data=text", f"data.path={corpus}", *more)
+
+
 def make_config(*extra: str) -> Config:
     """The configuration that `python scripts/train.py` would see."""
     groups = {path.name for path in (REPO / "configs").iterdir()}
