@@ -280,7 +280,7 @@ def test_a_run_inside_its_own_text_resumes(tmp_path: Path) -> None:
     """`data.path=.` contains runs/, which changes with every step."""
     (tmp_path / "a.txt").write_text("some words\n" * 500)
     args = overrides("data=text", "data.path=.", "run_dir=runs/x", "train.steps=2")
-    for said in ("val loss", "runs/x has already finished"):
+    for said in ("text: folders of runs or tokens (1)\n", "runs/x has already finished"):
         result = run_program(*args, cwd=tmp_path, GPT_DATA=str(tmp_path / "data"))
         assert result.returncode == 0, result.stderr
         assert said in result.stdout

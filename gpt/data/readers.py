@@ -125,7 +125,8 @@ def is_result(folder: Path) -> bool:
     """Whether this program wrote the folder: a run, prepared tokens, or a folder of these alone. A
     text that contained its own results would change with every run."""
     names = {entry.name for entry in folder.iterdir()}
-    if names >= {"config.yaml", "metrics.jsonl"} or names >= {"train.bin", "tokenizer.json"}:
+    begun = ".holder" in names  # a run that has no other files yet
+    if begun or names >= {"config.yaml", "metrics.jsonl"} or names >= {"train.bin", "val.bin"}:
         return True
     inside = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()]
     files = names - {entry.name for entry in inside}
